@@ -1,0 +1,106 @@
+"""An artifact comes into being whole or not at all, and says in llmlite.json what it is."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmlite.errors import InputError
+
+MANIFEST = "llmlite.json"
+
+
+@contextmanager
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """A hidden directory beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
+
+    Every file is flushed to the disk before the rename. What a killed run left behind is removed by the next
+    run with the same ``out``; a directory that a live process still holds is not. Raises `InputError` if ``out``
+    exists and is not an empty directory, or if another process is writing it.
+    """
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.parent / f".{out.name}.partial"
+    if partial.exists():
+        _remove_stale(partial, out)
+    partial.mkdir()
+    lock = os.open(partial, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield partial
+        _flush(partial)
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+        _flush_directory(out.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def refuse_existing(out: Path) -> None:
+    """`InputError` where ``out`` is a file or a directory with something in it."""
+    if out.is_dir() and any(out.iterdir()):
+        raise InputError(f"{out}: is there already and not empty; remove it or name another directory with -o")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file; -o names the directory to write")
+
+
+def _remove_stale(partial: Path, out: Path) -> None:
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(partial)
+    except BlockingIOError:
+        raise InputError(f"{out}: another process is writing it right now") from None
+    finally:
+        os.close(lock)
+
+
+def _flush(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _flush_directory(path)
+    _flush_directory(directory)
+
+
+def _flush_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_manifest(directory: Path, manifest: dict) -> None:
+    """Put llmlite.json into a directory, replacing one that is there in a single step."""
+    temporary = directory / f".{MANIFEST}.new"
+    with open(temporary, "w") as file:
+        json.dump(manifest, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(directory / MANIFEST)
+    _flush_directory(directory)
+
+
+def read_manifest(directory: Path) -> dict | None:
+    """llmlite.json of a directory, None where there is none; `InputError` where it is not JSON."""
+    file = directory / MANIFEST
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{file}: is not JSON ({error})") from None
+    if not isinstance(manifest, dict):
+        raise InputError(f"{file}: is not a JSON object")
+    return manifest

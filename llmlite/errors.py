@@ -1,0 +1,19 @@
+"""The three ways a command can end badly, and the exit status of each."""
+
+
+class LlmliteError(Exception):
+    """One clear sentence for the user: what was wrong, where, and what would be right."""
+
+    exit_status = 1
+
+
+class InputError(LlmliteError):
+    """The input or the words of the command were wrong: nothing was started, or nothing was kept."""
+
+    exit_status = 2
+
+
+class OutsideError(LlmliteError):
+    """Something outside the program failed: disk, memory, network."""
+
+    exit_status = 3

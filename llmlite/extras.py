@@ -1,0 +1,19 @@
+"""Optional packages, imported when they are first needed."""
+
+import importlib
+from types import ModuleType
+
+from llmlite.errors import InputError
+
+
+def need(extra: str, module: str) -> ModuleType:
+    """The module, or `InputError` that names the extra of this project which installs it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
+            raise
+        raise InputError(
+            f"this needs the Python package {module}, which is not installed: install llmlite with its extra '{extra}', "
+            f"as in pip install '.[{extra}]'"
+        ) from None
