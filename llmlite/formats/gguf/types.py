@@ -56,9 +56,12 @@ def type_named(name: str) -> GgmlType:
     return found
 
 
-def grid_of(name: str) -> IntegerGrid | None:
-    """The grid that weights of this type lie on, None for f32, f16 and bf16."""
-    return type_named(name).grid
+def grid_of(name: str) -> IntegerGrid:
+    """The grid that weights of this type lie on; ValueError for f32, f16 and bf16, which have none."""
+    grid = type_named(name).grid
+    if grid is None:
+        raise ValueError(f"{name} is not a grid")
+    return grid
 
 
 def refusal(name: str, shape: tuple[int, ...]) -> str | None:
