@@ -1,0 +1,1 @@
+"""Serve a compressed model over HTTP as the OpenAI API does."""

@@ -1,0 +1,123 @@
+"""Every way a request can fail, as the OpenAI error object."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from llmlite.serve.inbox import ClientGone
+from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown
+from llmlite.serve.schema import BRANCHES
+
+log = logging.getLogger("llmlite.serve")
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """What the client is told: an HTTP status, a sentence, the field it is about and a code for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """The OpenAI error object."""
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        param = None if self.param is None else _printable(self.param)
+        return {"error": {"message": _printable(self.message), "type": kind, "param": param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client may know of an error that came from the scheduler or the engine."""
+    match error:
+        case ApiError():
+            return error
+        case QueueFull(retry_after=seconds):
+            message = f"too many requests are waiting; try again in {seconds} s"
+            return ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
+        case EngineDead():
+            return ApiError(503, "the engine has stopped; the server must be started anew", code="engine_dead")
+        case ShuttingDown():
+            return ApiError(503, "the server is shutting down", code="shutting_down")
+        case ClientGone():
+            return ApiError(499, "the client hung up")
+        case _:
+            return ApiError(500, "an internal error ended this request; the server's log has it", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Have every failure of ``app`` answered with an error object."""
+
+    @app.exception_handler(ApiError)
+    async def _api(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return _first_problem(error).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        messages = {
+            404: f"there is no {request.url.path} on this server",
+            405: f"{request.url.path} does not take {request.method}",
+        }
+        message = messages.get(error.status_code, str(error.detail))
+        return ApiError(error.status_code, message, headers=error.headers).response()
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response()
+
+
+def _first_problem(error: RequestValidationError) -> ApiError:
+    """The first thing wrong with a request."""
+    problem = error.errors()[0]
+    place = [str(part) for part in problem["loc"][1:]]
+    if problem["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {problem['ctx']['error']} at character {place[0]}")
+    if problem["loc"] == ("body",) and "param" not in problem.get("ctx", {}):
+        return ApiError(400, "the body must be a JSON object")
+    param = problem.get("ctx", {}).get("param") or _field_path(problem["loc"][1:])
+    if problem["type"] == "extra_forbidden":
+        return ApiError(400, f"{param}: this server does not know this field", param, "unknown_parameter")
+    if problem["type"] == "missing":
+        return ApiError(400, f"{param}: is required", param, "missing_required_parameter")
+    if problem["type"] == "unsupported":
+        return ApiError(400, f"{param}: {problem['msg']}", param, "unsupported_parameter")
+    return ApiError(400, f"{param}: {_lower(problem['msg'])}", param, "invalid_value")
+
+
+def _field_path(loc: tuple[str | int, ...]) -> str:
+    """As in messages.0.content, without the branches of unions, which pydantic puts in."""
+    return ".".join(str(part) for part in loc if part not in BRANCHES)
+
+
+def _printable(text: str) -> str:
+    """A client's own words may hold half a surrogate pair, which no response can carry."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

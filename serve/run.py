@@ -1,0 +1,57 @@
+"""Run the server: port first, then the weights, then one line that says it is ready."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+from llmlite.errors import OutsideError
+from llmlite.extras import need
+from llmlite.serve.engines.base import Engine
+from llmlite.serve.settings import ServeSettings
+
+
+def serve(artifact: str | Path, settings: ServeSettings) -> None:
+    """Serve an artifact until SIGTERM or SIGINT; what runs then is finished, what waits is refused with 503.
+
+    The port is taken (not opened) before the weights are loaded, and opened after: a port in use is an
+    `OutsideError` at once, a broken artifact an `InputError` before anyone could connect.
+    """
+    uvicorn = need("serve", "uvicorn")
+    need("serve", "fastapi")
+    from llmlite.serve.app import create_app
+    from llmlite.serve.engines import open_artifact
+
+    with _bind(settings.host, settings.port) as listener:
+        opened = open_artifact(artifact, settings)
+        app = create_app(opened.engine, settings, opened.name, opened.manifest)
+        service = app.state.service
+
+        class Server(uvicorn.Server):  # type: ignore[name-defined, misc]
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                print(_ready_line(service.name, opened.engine, listener), flush=True)
+
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                service.scheduler.drain()
+                await super().shutdown(sockets)
+
+        config = uvicorn.Config(app, log_level="warning", access_log=False)
+        Server(config).run(sockets=[listener])
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise OutsideError(f"can't listen on {host} port {port}: {error.strerror or error}") from None
+    return listener
+
+
+def _ready_line(name: str, engine: Engine, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
+    return f"{name} on {engine.name} ({engine.version}), context {engine.context:,} tokens, at {url}"

@@ -1,0 +1,195 @@
+"""One thread owns the engine. Requests wait in a bounded queue; up to ``engine.slots`` sequences run in turns.
+
+Each turn gives every running sequence one bounded piece of work, a prefill chunk or a token, so that a long prompt
+never stalls its neighbours and a cancelled sequence is gone before the next turn. What a scheduler with batched
+steps must replace is `_turn` alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from llmlite.serve.engines.base import Engine, EngineBroken
+from llmlite.serve.generation import Delta, Generation, Work
+
+log = logging.getLogger("llmlite.serve")
+
+Sink = Callable[[Delta | Exception], None]
+"""Called on the engine thread with each delta, or once with what ended the sequence; must not raise or block."""
+
+
+class QueueFull(Exception):
+    """No more may wait. ``retry_after``: seconds until a place is free, by the measured time of a sequence."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(retry_after)
+        self.retry_after = retry_after
+
+
+class EngineDead(Exception):
+    """The engine thread has ended; nothing can run until the server is started anew."""
+
+
+class ShuttingDown(Exception):
+    """The server is ending: what runs is finished, nothing new is begun."""
+
+
+@dataclass(eq=False)
+class _Request:
+    """The sequences of one request: once one of them has started, all are finished, a shutdown notwithstanding."""
+
+    started: bool = False
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A sequence that was accepted; `Scheduler.cancel` takes it back."""
+
+    generation: Generation
+    sink: Sink
+    request: _Request = field(default_factory=_Request)
+    cancelled: bool = False
+    started: float = 0.0
+
+
+class Scheduler:
+    """Runs `Work` on an engine. All methods may be called from any thread."""
+
+    def __init__(self, engine: Engine, max_queue: int) -> None:
+        self._engine = engine
+        self._max_queue = max_queue
+        self._changed = threading.Condition()
+        self._waiting: deque[Ticket] = deque()
+        self._pings: list[Future[dict[str, int]]] = []
+        self._running: list[Ticket] = []  # touched by the engine thread alone
+        self._seconds = 0.0  # how long a sequence runs, a moving average
+        self._refusal: Exception | None = None  # why nothing is accepted any more
+        self._stop = False
+        self._thread = threading.Thread(target=self._own, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        self._thread.start()
+
+    def submit(self, works: list[Work], sinks: list[Sink]) -> list[Ticket]:
+        """Queue the sequences of one request, all or none. Raises `QueueFull`, `EngineDead` or `ShuttingDown`."""
+        request = _Request()
+        tickets = [
+            Ticket(Generation(work, self._engine), sink, request) for work, sink in zip(works, sinks, strict=True)
+        ]
+        with self._changed:
+            if self._refusal is not None:
+                raise self._refusal
+            if len(self._waiting) >= self._max_queue:
+                raise QueueFull(max(1, math.ceil(self._seconds / self._engine.slots)))
+            self._waiting.extend(tickets)
+            self._changed.notify()
+        return tickets
+
+    def cancel(self, tickets: list[Ticket]) -> None:
+        """Forget these: waiting ones at once, running ones before their next step. Finished ones don't mind."""
+        with self._changed:
+            for ticket in tickets:
+                ticket.cancelled = True
+            self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+
+    def ping(self) -> Future[dict[str, int]]:
+        """The engine thread's own answer, given between two turns: how many sequences run and wait."""
+        future: Future[dict[str, int]] = Future()
+        with self._changed:
+            if self._refusal is not None:
+                future.set_exception(self._refusal)
+            else:
+                self._pings.append(future)
+                self._changed.notify()
+        return future
+
+    def drain(self) -> None:
+        """Refuse what is new and what has not begun; what runs goes on."""
+        with self._changed:
+            self._refusal = self._refusal or ShuttingDown("the server is shutting down")
+            dropped = [ticket for ticket in self._waiting if not ticket.request.started]
+            self._waiting = deque(ticket for ticket in self._waiting if ticket.request.started)
+            refusal = self._refusal
+        for ticket in dropped:
+            ticket.sink(refusal)
+
+    def stop(self) -> None:
+        """End the engine thread after its present turn and wait for that."""
+        self.drain()
+        with self._changed:
+            self._stop = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _own(self) -> None:
+        error: BaseException = ShuttingDown("the server is shutting down")
+        try:
+            while self._prepare():
+                self._turn()
+        except BaseException as broken:  # the thread's last words: whoever waits must hear of them
+            log.critical("the engine thread has ended", exc_info=broken)
+            error = EngineDead(str(broken))
+        self._end(error)
+
+    def _prepare(self) -> bool:
+        """Wait for something to do, admit what there is room for, answer pings. False: stop."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stop or self._running or self._waiting or self._pings)
+            while self._waiting and len(self._running) < self._engine.slots:
+                ticket = self._waiting.popleft()
+                ticket.request.started = True
+                ticket.started = time.monotonic()
+                self._running.append(ticket)
+            pings, self._pings = self._pings, []
+            status = {"running": len(self._running), "waiting": len(self._waiting)}
+        for future in pings:
+            if future.set_running_or_notify_cancel():
+                future.set_result(status)
+        return not self._stop
+
+    def _turn(self) -> None:
+        for ticket in list(self._running):
+            if ticket.cancelled:
+                self._retire(ticket, keep=True)
+                continue
+            try:
+                delta = ticket.generation.advance()
+            except EngineBroken:
+                raise
+            except Exception as error:  # it belongs to this request: its client is told, its neighbours go on
+                log.error("a request failed", exc_info=error)
+                self._retire(ticket, keep=False)
+                ticket.sink(error)
+                continue
+            if delta is None:
+                continue
+            if delta.finish:
+                self._retire(ticket, keep=True)
+            ticket.sink(delta)
+
+    def _retire(self, ticket: Ticket, keep: bool) -> None:
+        self._running.remove(ticket)
+        ticket.generation.close(keep)
+        lasted = time.monotonic() - ticket.started
+        self._seconds = lasted if self._seconds == 0 else 0.8 * self._seconds + 0.2 * lasted
+
+    def _end(self, error: BaseException) -> None:
+        refusal = error if isinstance(error, Exception) else EngineDead(str(error))
+        with self._changed:
+            self._refusal = refusal
+            orphans = [*self._running, *self._waiting]
+            self._running, self._waiting = [], deque()
+            pings, self._pings = self._pings, []
+        for future in pings:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(refusal)
+        for ticket in orphans:
+            ticket.sink(refusal)
