@@ -1,0 +1,153 @@
+"""bitsandbytes in safetensors: nf4 (QLoRA) and LLM.int8, rounded by the library itself, one tensor at a time.
+
+nf4, per linear layer of n = out * in weights in blocks of 64: ``weight`` uint8 [n / 2, 1], ``weight.absmax`` (uint8
+with double quantization, else float32) [n / 64], ``weight.quant_map`` float32 [16], with double quantization also
+``weight.nested_absmax`` float32 [n / 64 / 256] and ``weight.nested_quant_map`` float32 [256], and
+``weight.quant_state.bitsandbytes__nf4``: the rest as JSON in uint8. Papers: 2305.14314, 2110.02861.
+
+LLM.int8: ``weight`` int8 [out, in], ``SCB`` float32 [out] (largest magnitude of a row, w = code * SCB / 127),
+``weight_format`` uint8, 0 for row-major. Its readers also round the inputs to 8 bits. Paper: 2208.07339.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from llmlite.checkpoint.safetensors_writer import TensorSpec
+from llmlite.errors import InputError
+from llmlite.extras import need
+
+BLOCK = 64
+NESTED_BLOCK = 256
+STATE = "weight.quant_state.bitsandbytes__nf4"
+OFFSET_CHARACTERS = 24  # the longest repr of a double: -1.7976931348623157e+308
+
+
+@dataclass(frozen=True)
+class BitsAndBytes:
+    """The format for a model that is stored, and read, in ``dtype``; ``double_quantization`` is nf4's."""
+
+    kind: Literal["nf4", "int8"]
+    dtype: torch.dtype
+    double_quantization: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"bnb:{self.kind}"
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why a weight of ``shape`` (out, in) can't be held; None when it can."""
+        out, width = shape
+        if self.kind == "nf4" and width % BLOCK:
+            # Measured with 0.50.2: its CPU kernel starts a block at each row, its quantizer lets blocks run on.
+            return f"nf4 blocks of {BLOCK} would run over the end of a row of {width}, which CPU readers get wrong"
+        if self.kind == "nf4" and out % 32:
+            return f"nf4 readers on CPUs with AVX-512 BF16 take 32 outputs at a time, and {out} do not divide"
+        return None
+
+    def layout(self, module: str, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+        """The tensors of one linear layer."""
+        out, width = shape
+        if self.kind == "int8":
+            return {
+                f"{module}.weight": TensorSpec(torch.int8, shape),
+                f"{module}.SCB": TensorSpec(torch.float32, (out,)),
+                f"{module}.weight_format": TensorSpec(torch.uint8, ()),
+            }
+        blocks = out * width // BLOCK
+        specs = {
+            "weight": TensorSpec(torch.uint8, (out * width // 2, 1)),
+            "weight.absmax": TensorSpec(torch.uint8 if self.double_quantization else torch.float32, (blocks,)),
+            "weight.quant_map": TensorSpec(torch.float32, (16,)),
+            STATE: TensorSpec(torch.uint8, (len(self._state(shape, 0.0)),)),
+        }
+        if self.double_quantization:
+            nested = math.ceil(blocks / NESTED_BLOCK)
+            specs["weight.nested_absmax"] = TensorSpec(torch.float32, (nested,))
+            specs["weight.nested_quant_map"] = TensorSpec(torch.float32, (256,))
+        return {f"{module}.{name}": spec for name, spec in specs.items()}
+
+    def encode(self, module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Round ``weight`` [out, in]: the tensors of ``layout``, and the weight a reader sees, float32 [out, in].
+
+        InputError where the weight has values that the format can't keep (NaN, infinite, out of float16's range).
+        """
+        if self.kind == "int8":
+            return self._encode_int8(module, weight)
+        return self._encode_nf4(module, weight)
+
+    def config(self, ignored: Sequence[str]) -> dict[str, object]:
+        """The ``quantization_config`` of config.json.
+
+        ``ignored``: every linear module left in 16 bits, "lm_head" among them even where it is tied to the
+        embedding: a reader takes all others for rounded.
+        """
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": self.kind == "nf4",
+            "load_in_8bit": self.kind == "int8",
+            "llm_int8_skip_modules": list(ignored),
+            "llm_int8_threshold": 6.0,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": self.kind == "nf4" and self.double_quantization,
+            "bnb_4bit_compute_dtype": _name(self.dtype),
+            "bnb_4bit_quant_storage": "uint8",
+        }
+
+    def _encode_nf4(self, module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        functional = need("bnb", "bitsandbytes.functional")
+        shape = (weight.shape[0], weight.shape[1])
+        if not torch.isfinite(weight.to(self.dtype)).all():
+            raise InputError(f"{module}.weight has values that are not finite in {_name(self.dtype)}: nothing to round")
+        packed, state = functional.quantize_4bit(
+            weight.float(), blocksize=BLOCK, compress_statistics=self.double_quantization, quant_type="nf4"
+        )
+        state.dtype = self.dtype  # what readers multiply out in; the rounding itself was done in float32
+        tensors = {"weight": packed, "weight.absmax": state.absmax, "weight.quant_map": state.code}
+        offset = 0.0
+        if self.double_quantization:
+            offset = state.offset.item()
+            tensors["weight.nested_absmax"] = state.state2.absmax
+            tensors["weight.nested_quant_map"] = state.state2.code.clone()
+        tensors[STATE] = torch.frombuffer(bytearray(self._state(shape, offset)), dtype=torch.uint8)
+        dequantized = functional.dequantize_4bit(packed, state).float()
+        return {f"{module}.{name}": tensor for name, tensor in tensors.items()}, dequantized
+
+    def _encode_int8(self, module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        functional = need("bnb", "bitsandbytes.functional")
+        half = weight.to(torch.float16)  # as the library's own Int8Params does
+        if not torch.isfinite(half).all():
+            raise InputError(f"{module}.weight has values that are not finite in float16, which LLM.int8 rounds from")
+        codes, largest, _ = functional.int8_vectorwise_quant(half)
+        codes[largest == 0] = 0  # a row of zeros is 0 * inf in the library
+        tensors = {
+            f"{module}.weight": codes,
+            f"{module}.SCB": largest,
+            f"{module}.weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
+        return tensors, codes.float() * largest[:, None] / 127
+
+    def _state(self, shape: tuple[int, int], offset: float) -> bytes:
+        """What bitsandbytes keeps as JSON, padded with blanks so that its length follows from the shape alone."""
+        state: dict[str, object] = {
+            "quant_type": "nf4",
+            "blocksize": BLOCK,
+            "dtype": _name(self.dtype),
+            "shape": list(shape),
+        }
+        if not self.double_quantization:
+            return json.dumps(state).encode()
+        state |= {"nested_blocksize": NESTED_BLOCK, "nested_dtype": "float32", "nested_offset": offset}
+        return (json.dumps(state) + " " * (OFFSET_CHARACTERS - len(repr(offset)))).encode()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

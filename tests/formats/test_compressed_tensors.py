@@ -1,0 +1,157 @@
+"""compressed-tensors files against the library's own packer, and read by transformers without llmlite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import (
+    linears,
+    read_elsewhere,
+    reference_logits,
+    relative_difference,
+    round_to_nearest,
+    tiny_model,
+    write_artifact,
+)
+
+from llmlite.formats.compressed_tensors import PackQuantized
+from llmlite.quantize.types import IntegerGrid
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    model_type: str
+    dtype: torch.dtype
+    grid: IntegerGrid
+    left: str = ""  # a module inside a layer that stays in 16 bits
+
+
+CASES = [
+    Case("w4g32 symmetric float32", "llama", F32, IntegerGrid(4, 32, scale_dtype=F32)),
+    Case("w4g64 asymmetric bfloat16", "qwen3", BF16, IntegerGrid(4, 64, "integer", BF16)),
+    Case("w4 channel asymmetric float16", "qwen2", F16, IntegerGrid(4, None, "integer", F16)),
+    Case("w8 channel symmetric bfloat16", "llama", BF16, IntegerGrid(8, None, "symmetric", BF16)),
+    Case(
+        "w8g128 asymmetric float32", "qwen3", F32, IntegerGrid(8, 128, "integer", F32), "model.layers.1.mlp.down_proj"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Per case: its directory, read elsewhere, and the logits of the plain model with our unpacked weights."""
+    pytest.importorskip("compressed_tensors")
+    root = tmp_path_factory.mktemp("compressed_tensors")
+    out = {}
+    for case in CASES:
+        model = tiny_model(case.model_type, case.dtype)
+        form = PackQuantized(case.dtype)
+        layout, tensors, weights = {}, {}, {}
+        for name, module in linears(model).items():
+            if name == case.left:
+                weights[name] = module.weight.float()
+                continue
+            rounded = round_to_nearest(module.weight, case.grid)
+            layout |= form.layout(name, case.grid, (module.out_features, module.in_features))
+            tensors |= form.pack(name, rounded)
+            weights[name] = form.unpack(name, tensors, case.grid)
+        ignored = ["lm_head", case.left] if case.left else ["lm_head"]
+        directory = root / case.name.replace(" ", "-")
+        write_artifact(directory, model, layout, tensors, form.config(case.grid, ignored))
+        out[case.name] = directory, reference_logits(model, weights)
+    read_elsewhere([directory for directory, _ in out.values()])
+    return out
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_transformers_reads_what_we_unpack(case: Case, expected: dict[str, tuple[Path, torch.Tensor]]) -> None:
+    # The reader multiplies the codes out in the model's dtype and then runs the plain layer: the same bits as ours.
+    assert relative_difference(*expected[case.name]) < 1e-6
+
+
+@pytest.mark.parametrize("zero", ["symmetric", "integer"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bytes_are_those_of_the_library(bits: int, zero: str) -> None:
+    compressors = pytest.importorskip("compressed_tensors.compressors.pack_quantized")
+    from compressed_tensors.quantization import QuantizationConfig
+
+    torch.manual_seed(0)
+    grid = IntegerGrid(bits, 32, zero, F32)  # type: ignore[arg-type]
+    weight = torch.randn(44, 96)  # 44 zero points fill no whole number of words
+    rounded = round_to_nearest(weight, grid)
+    form = PackQuantized(F32)
+    ours = form.pack("m", rounded)
+
+    scheme = QuantizationConfig.model_validate(form.config(grid, ["lm_head"])).config_groups["group_0"]
+    state = {"weight": rounded.dequantize(), "weight_scale": rounded.scales}
+    if rounded.offsets is not None:
+        state["weight_zero_point"] = (rounded.offsets - grid.levels // 2).to(torch.int8)
+    theirs = compressors.PackedQuantizationCompressor.compress(state, scheme)
+    assert {f"m.{name}" for name in theirs} == set(ours)
+    for name, tensor in theirs.items():
+        assert tensor.dtype == ours[f"m.{name}"].dtype
+        assert torch.equal(tensor, ours[f"m.{name}"]), name
+    decompressed = compressors.PackedQuantizationCompressor.decompress(theirs, scheme)["weight"]
+    assert torch.equal(form.unpack("m", ours, grid), decompressed)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("group", [32, None])
+@pytest.mark.parametrize("zero", ["symmetric", "integer"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_round_trip_and_layout(bits: int, zero: str, group: int | None, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    grid = IntegerGrid(bits, group, zero, dtype)  # type: ignore[arg-type]
+    rounded = round_to_nearest(torch.randn(40, 96), grid)
+    form = PackQuantized(dtype)
+    assert form.refusal(grid, (40, 96)) is None
+    packed = form.pack("m", rounded)
+    layout = form.layout("m", grid, (40, 96))
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in packed.items()} == {n: tuple(s) for n, s in layout.items()}
+    assert torch.equal(form.unpack("m", packed, grid), rounded.dequantize().to(dtype).float())
+
+
+@pytest.mark.parametrize(("group", "strategy"), [(128, "group"), (None, "channel")])
+def test_config_is_what_the_library_validates(group: int | None, strategy: str) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    written = PackQuantized(BF16).config(
+        IntegerGrid(4, group, "integer", BF16), ["lm_head", "model.layers.0.mlp.up_proj"]
+    )
+    config = quantization.QuantizationConfig.model_validate(written)
+    scheme = config.config_groups["group_0"]
+    assert config.format == "pack-quantized"
+    assert config.ignore == ["lm_head", "model.layers.0.mlp.up_proj"]
+    assert scheme.targets == ["Linear"]
+    assert (scheme.weights.num_bits, scheme.weights.group_size, scheme.weights.strategy) == (4, group, strategy)
+    assert not scheme.weights.symmetric
+    assert scheme.input_activations is None
+
+
+def test_refusals() -> None:
+    form = PackQuantized(BF16)
+    good = IntegerGrid(4, 64, "symmetric", BF16)
+    assert form.refusal(good, (33, 576)) is None
+    for grid, shape, word in [
+        (replace(good, bits=3), (64, 576), "4 or 8 bits"),
+        (replace(good, zero="minimum"), (64, 576), "zero points"),
+        (replace(good, group=128), (64, 576), "does not divide"),
+        (replace(good, scale_dtype=F16), (64, 576), "scales"),
+    ]:
+        assert word in (form.refusal(grid, shape) or "")
+
+
+def test_pack_refuses_what_the_file_would_change() -> None:
+    grid = IntegerGrid(4, 32, "symmetric", F16)
+    rounded = round_to_nearest(torch.randn(8, 64), grid)
+    with pytest.raises(ValueError, match="not rounded"):
+        PackQuantized(F16).pack("m", replace(rounded, scales=rounded.scales * 1.0001))
+    with pytest.raises(ValueError, match="do not fit"):
+        PackQuantized(F16).pack("m", replace(rounded, codes=rounded.codes + 1))
+    with pytest.raises(ValueError, match="g_idx"):
+        PackQuantized(F16).pack("m", replace(rounded, group_index=torch.arange(64) // 32))
