@@ -1,0 +1,52 @@
+"""Load a safetensors checkpoint, quantized or not, with transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from llmlite.errors import InputError, OutsideError
+
+# quant_method of config.json -> the extra that installs what transformers needs for it
+EXTRAS = {"gptq": "gptq", "bitsandbytes": "bnb", "compressed-tensors": "compressed-tensors"}
+
+
+def load_transformers(path: Path, threads: int | None = None):
+    """The model in eval mode, in the dtype it is stored in, and its tokenizer.
+
+    On the first GPU where there is one. Pickle weights and remote code are refused. ``threads`` is a setting of
+    the whole process (torch.set_num_threads). Raises `InputError` when the checkpoint can't be loaded.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, trust_remote_code=False, **where
+        )
+    except ImportError as error:
+        raise InputError(f"{path}: a package that this quantization needs is missing ({_line(error)})") from None
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OutsideError(f"{path}: does not fit into memory ({_line(error)})") from None
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(f"{path}: transformers can't load it ({_line(error)})") from None
+    return model.eval(), tokenizer
+
+
+def kv_bytes_per_token(model) -> int:
+    """Bytes of keys and values that one more position takes, all layers, in the model's dtype."""
+    config = model.config.get_text_config()
+    heads = config.num_key_value_heads if "num_key_value_heads" in config.to_dict() else config.num_attention_heads
+    head_dim = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,208 @@
+"""llama.cpp through the low-level API of llama-cpp-python: load, tokenize, decode a batch, read its logits.
+
+Knows nothing of torch. ``api`` is the module llama_cpp; ``model``, ``vocab`` and ``context`` are its raw handles,
+for whoever needs a function that has no method here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections import deque
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from llmlite.errors import InputError, OutsideError
+from llmlite.extras import need
+
+LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
+NO_ROOM = 1  # what llama_decode returns when the cache has no slot left; its state is then as before the call
+
+_log: deque[str] = deque(maxlen=20)
+
+
+@cache
+def library() -> tuple[ModuleType, object]:
+    """The module llama_cpp, its log kept off the terminal, and the callback that must outlive it."""
+    api = need("gguf", "llama_cpp")
+
+    def keep(level: int, text: bytes, _: object) -> None:
+        if level == LOG_ERROR:
+            _log.append(text.decode("utf-8", "replace").strip())
+
+    callback = api.llama_log_callback(keep)
+    api.llama_log_set(callback, ctypes.c_void_p(0))
+    api.llama_backend_init()
+    return api, callback
+
+
+@dataclass(frozen=True)
+class LlamaSettings:
+    """What a context is made for.
+
+    ``context``: positions, all sequences together, None for as many as the model was trained for in each of them;
+    ``batch``: most tokens of one decode; ``outputs``: most rows
+    of logits of one decode (each takes vocabulary x 4 bytes); ``threads``: None takes every core this process may
+    use; ``mmap``: False reads the weights into memory of the process's own.
+    """
+
+    context: int | None = 2048
+    sequences: int = 1
+    batch: int = 512
+    outputs: int = 512
+    threads: int | None = None
+    mmap: bool = True
+
+
+class Llama:
+    """A GGUF file loaded by llama.cpp, with one context on it. Not safe for use by two threads at once."""
+
+    def __init__(self, file: Path, settings: LlamaSettings):
+        self.api, _ = library()
+        self.file = file
+        self.settings = settings
+        self.context: int | None = None
+        self.model: int | None = self._load_model()
+        self.vocab = self.api.llama_model_get_vocab(self.model)
+        self.vocab_size: int = self.api.llama_vocab_n_tokens(self.vocab)
+        self.context = self._new_context()
+        self.batch = Batch(self.api, settings.batch)
+
+    @property
+    def bos(self) -> int | None:
+        """The token that the vocabulary wants in front of every text, None where it wants none."""
+        return self.api.llama_vocab_bos(self.vocab) if self.api.llama_vocab_get_add_bos(self.vocab) else None
+
+    def _load_model(self) -> int:
+        with _open(self.file) as file:
+            if file.read(4) != b"GGUF":
+                raise InputError(f"{self.file}: does not begin with GGUF: not a GGUF file")
+        params = self.api.llama_model_default_params()
+        params.load_mode = self.api.LLAMA_LOAD_MODE_MMAP if self.settings.mmap else self.api.LLAMA_LOAD_MODE_NONE
+        _log.clear()
+        model = self.api.llama_model_load_from_file(os.fsencode(self.file), params)
+        if not model:
+            raise InputError(f"{self.file}: llama.cpp can't load it ({_reason()})")
+        return model
+
+    def _new_context(self) -> int:
+        wanted = self.settings
+        params = self.api.llama_context_default_params()
+        positions = wanted.context or wanted.sequences * self.api.llama_model_n_ctx_train(self.model)
+        params.n_ctx = positions
+        params.n_seq_max = wanted.sequences
+        params.n_batch = params.n_ubatch = min(wanted.batch, positions)
+        params.n_outputs_max = min(wanted.outputs, wanted.batch, positions)
+        params.n_threads = params.n_threads_batch = wanted.threads or len(os.sched_getaffinity(0))
+        _log.clear()
+        context = self.api.llama_init_from_model(self.model, params)
+        if not context:
+            self.close()
+            raise OutsideError(
+                f"{self.file}: llama.cpp can't make a context of {positions:,} positions ({_reason()}); "
+                "a smaller context needs less memory"
+            )
+        return context
+
+    def tokenize(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids int32 [n] without anything in front; ``special``: the names of control tokens become them."""
+        raw = text.encode()
+        out = np.empty(len(raw) + 8, np.int32)  # a token is a byte at least; a leading space may be added
+        pointer = out.ctypes.data_as(ctypes.POINTER(self.api.llama_token))
+        count = self.api.llama_tokenize(self.vocab, raw, len(raw), pointer, len(out), False, special)
+        if count < 0:
+            raise InputError(f"{self.file}: llama.cpp can't tokenize a text of {len(raw):,} bytes")
+        return out[:count].copy()
+
+    def decode(self, tokens: np.ndarray, start: int, wanted: np.ndarray) -> np.ndarray:
+        """Append ``tokens`` int [n] to sequence 0 from position ``start``; logits of the rows where ``wanted`` [n].
+
+        The result is float32 [rows, vocab] and lies in llama.cpp's own buffer until the next decode.
+        """
+        self.batch.fill(tokens, start, wanted)
+        status = self.api.llama_decode(self.context, self.batch.struct)
+        if status == NO_ROOM:
+            raise InputError(f"{self.file}: position {start + len(tokens):,} is beyond the context: make it larger")
+        if status != 0:
+            raise OutsideError(f"{self.file}: llama.cpp failed while it computed (status {status}: {_reason()})")
+        rows = int(np.count_nonzero(wanted))
+        if rows == 0:
+            return np.empty((0, self.vocab_size), np.float32)
+        pointer = self.api.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(pointer, shape=(rows, self.vocab_size))
+
+    def clear(self) -> None:
+        """Forget every position of every sequence."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+
+    def metadata(self, key: str) -> str | None:
+        """A value of the file's metadata as text, ``{arch}`` in the key replaced by the architecture."""
+        if "{arch}" in key:
+            key = key.format(arch=self.metadata("general.architecture"))
+        buffer = ctypes.create_string_buffer(1024)
+        length = self.api.llama_model_meta_val_str(self.model, key.encode(), buffer, len(buffer))
+        return None if length < 0 else buffer.value.decode("utf-8", "replace")
+
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of keys and values (float16) that one more position takes, all layers."""
+        heads = self.api.llama_model_n_head_kv(self.model)
+        default = self.api.llama_model_n_embd(self.model) // self.api.llama_model_n_head(self.model)
+        key = int(self.metadata("{arch}.attention.key_length") or default)
+        value = int(self.metadata("{arch}.attention.value_length") or default)
+        return 2 * self.api.llama_model_n_layer(self.model) * heads * (key + value)
+
+    def close(self) -> None:
+        if self.context:
+            self.api.llama_free(self.context)
+        if self.model:
+            self.api.llama_model_free(self.model)
+        self.context = self.model = None
+
+
+class Batch:
+    """A llama_batch whose arrays are numpy's: filling 512 tokens takes microseconds, not a Python loop."""
+
+    def __init__(self, api: ModuleType, capacity: int):
+        self.token = np.zeros(capacity, np.int32)
+        self.position = np.zeros(capacity, np.int32)
+        self.sequence = np.zeros(capacity, np.int32)
+        self.wanted = np.zeros(capacity, np.int8)
+        self._counts = np.ones(capacity, np.int32)
+        self._pointers = self.sequence.ctypes.data + 4 * np.arange(capacity, dtype=np.uintp)
+        self.struct = api.llama_batch(
+            n_tokens=0,
+            token=_pointer(self.token, api.llama_token),
+            pos=_pointer(self.position, api.llama_pos),
+            n_seq_id=_pointer(self._counts, ctypes.c_int32),
+            seq_id=_pointer(self._pointers, ctypes.POINTER(api.llama_seq_id)),
+            logits=_pointer(self.wanted, ctypes.c_int8),
+        )
+
+    def fill(self, tokens: np.ndarray, start: int, wanted: np.ndarray) -> None:
+        """One run of neighbouring positions in sequence 0."""
+        n = len(tokens)
+        self.token[:n] = tokens
+        self.position[:n] = np.arange(start, start + n)
+        self.sequence[:n] = 0
+        self.wanted[:n] = wanted
+        self.struct.n_tokens = n
+
+
+def _pointer(array: np.ndarray, kind: type) -> object:
+    return ctypes.cast(array.ctypes.data, ctypes.POINTER(kind))
+
+
+def _open(file: Path):
+    try:
+        return open(file, "rb")
+    except OSError as error:
+        raise InputError(f"{file}: can't be read ({error.strerror})") from None
+
+
+def _reason() -> str:
+    """The first error that llama.cpp logged since the log was cleared: later ones only repeat that it failed."""
+    return _log[0].rstrip(".") if _log else "it gives no reason"

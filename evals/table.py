@@ -1,0 +1,114 @@
+"""Evaluations side by side: a table for the terminal and a picture of quality against bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+
+from llmlite.evals.evaluate import Evaluation
+from llmlite.evals.score import Score
+
+COLUMNS = (
+    "model", "engine", "MB on\ndisk", "bits per\nweight", "text", "perplexity", "mean KL", "p99 KL", "same\ntop",
+    "peak\nMB", "prompt\nt/s", "answer\nt/s",
+)  # fmt: skip
+WORDS = ("model", "engine", "text")
+ABSENT = "-"
+
+
+def show(evaluations: Sequence[Evaluation], title: str | None = None) -> None:
+    """Print the table to standard output, wider than the terminal rather than with figures cut short."""
+    console, content = Console(), table(evaluations, title)
+    wanted = Measurement.get(console, console.options.update(width=1000), content).maximum
+    Console(width=max(console.width, wanted)).print(content)
+
+
+def table(evaluations: Sequence[Evaluation], title: str | None = None) -> Table:
+    """A row per artifact and text; columns that nobody measured are left out."""
+    rows = [row for evaluation in evaluations for row in _rows(evaluation)]
+    texts = {name for evaluation in evaluations for name in evaluation.scores}
+    kept = [n for n in range(len(COLUMNS)) if any(row[n] != ABSENT for row in rows)]
+    if len(texts) == 1:
+        kept.remove(COLUMNS.index("text"))
+    out = Table(title=title, caption=_caption(evaluations), box=SIMPLE_HEAD)
+    for n in kept:
+        out.add_column(COLUMNS[n], justify="left" if COLUMNS[n] in WORDS else "right", no_wrap=True)
+    for row in rows:
+        out.add_row(*(row[n] for n in kept))
+    return out
+
+
+def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
+    memory, speed = evaluation.memory, evaluation.speed
+    head = (
+        evaluation.name,
+        evaluation.engine,
+        _megabytes(evaluation.size.bytes),
+        f"{evaluation.size.bits_per_weight:.2f}",
+    )
+    tail = (
+        _megabytes(memory.peak) if memory else ABSENT,
+        f"{speed.prompt_tps:.0f}" if speed else ABSENT,
+        f"{speed.generate_tps:.1f}" if speed else ABSENT,
+    )
+    scores = [(name, _figures(scored)) for name, (_, scored) in evaluation.scores.items()]
+    return [(*head, name, *figures, *tail) for name, figures in scores or [(ABSENT, (ABSENT,) * 4)]]
+
+
+def _figures(scored: Score) -> tuple[str, str, str, str]:
+    apart = scored.divergence
+    return (
+        f"{scored.perplexity.value:.2f} ± {scored.perplexity.stderr:.2f}",
+        f"{apart.mean_kl:.5f}" if apart else ABSENT,
+        f"{apart.p99_kl:.4f}" if apart else ABSENT,
+        f"{apart.same_top:.1%}" if apart else ABSENT,
+    )
+
+
+def _caption(evaluations: Sequence[Evaluation]) -> str | None:
+    """What the figures are, once for all rows where they agree."""
+    said = dict.fromkeys(
+        f"{name}: protocol {evaluation.protocol}, {scored.perplexity.windows} windows of {evaluation.window} tokens, "
+        f"{scored.perplexity.tokens:,} scored"
+        for evaluation in evaluations
+        for name, (_, scored) in evaluation.scores.items()
+    )
+    return "\n".join(said) or None
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:,.0f}"
+
+
+def picture(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """A PNG: mean KL divergence and perplexity on the first text against bytes on disk, a point per artifact."""
+    from matplotlib.figure import Figure
+
+    scored = [(e, next(iter(e.scores.values()))[1]) for e in evaluations if e.scores]
+    apart = [(e.size.bytes / 1e6, s.divergence.mean_kl, e) for e, s in scored if s.divergence is not None]
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _points(left, apart, "mean KL divergence from the base (nats)")
+    if any(value > 0 for _, value, _ in apart):
+        left.set_yscale("log")
+    _points(right, [(e.size.bytes / 1e6, s.perplexity.value, e) for e, s in scored], "perplexity")
+    figure.savefig(path, dpi=120)
+
+
+def _points(axes, points: list[tuple[float, float, Evaluation]], label: str) -> None:
+    for engine, marker in (("llama.cpp", "o"), ("transformers", "s")):
+        own = [point for point in points if point[2].engine == engine]
+        if own:
+            axes.scatter([x for x, _, _ in own], [y for _, y, _ in own], marker=marker, label=engine)
+    for x, y, evaluation in points:
+        axes.annotate(evaluation.name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axes.set_xlabel("bytes on disk (MB)")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    if points:
+        axes.legend()

@@ -1,0 +1,70 @@
+"""The text that a model is judged on: a text file, a jsonl file, or a data set's name."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmlite.calibrate.corpus import read_corpus
+from llmlite.errors import InputError, OutsideError
+from llmlite.extras import need
+
+
+@dataclass(frozen=True)
+class Text:
+    """``name``: the key of its results, without dots because those are addressed as texts.<name>.<figure>."""
+
+    name: str
+    text: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the UTF-8 bytes, hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def read_texts(sources: tuple[str, ...]) -> list[Text]:
+    """Each source as one text; `InputError` for one that can't be read, and for two that share a name."""
+    texts = [read_text(source) for source in sources]
+    names = [text.name for text in texts]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two texts are both called {name!r}, and results are kept by name: rename one file")
+    return texts
+
+
+def read_text(source: str) -> Text:
+    """A text file whole, or the ``text`` fields of a .jsonl file or of a data set, joined by blank lines.
+
+    A data set is written owner/name, owner/name:config or owner/name:config:split (the split test unless given).
+    Its empty records are kept: so do the papers that report WikiText-2.
+    """
+    if Path(source).is_file() or source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).suffix:
+        name, text = Path(source).stem, _file(source)
+    else:
+        name, text = source.split("/")[1].replace(":", "-"), _dataset(source)
+    return Text(name.replace(".", "_"), text)
+
+
+def _file(source: str) -> str:
+    corpus = read_corpus(source)
+    parts = [document.text for document in corpus.documents if document.text is not None]
+    if len(parts) < len(corpus.documents):
+        raise InputError(f"{source}: holds chats; running text, or JSON lines with a field 'text', is right")
+    return "\n\n".join(parts)
+
+
+def _dataset(source: str) -> str:
+    name, _, rest = source.partition(":")
+    config, _, split = rest.partition(":")
+    datasets = need("eval", "datasets")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split or "test")
+    except ConnectionError as error:
+        raise OutsideError(f"{source}: no such file, and the data set hub can't be reached ({error})") from None
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"{source}: neither a file nor a data set that can be loaded ({error})") from None
+    if "text" not in rows.column_names:
+        raise InputError(f"{source}: has the columns {', '.join(rows.column_names)}; one called text is needed")
+    return "\n\n".join(rows["text"])
