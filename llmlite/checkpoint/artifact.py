@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -104,3 +105,9 @@ def read_manifest(directory: Path) -> dict | None:
     if not isinstance(manifest, dict):
         raise InputError(f"{file}: is not a JSON object")
     return manifest
+
+
+def sha256_of(file: Path) -> str:
+    """The hexadecimal digest of a file's bytes."""
+    with open(file, "rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from llmlite.quantize.grid import codes_of, fit, values_of
+from llmlite.quantize.grid import codes_of, fit
 from llmlite.quantize.types import IntegerGrid, Moments, Rounded
+
+
+PIECE = 2**24  # weights rounded at a time: a large head needs no more than its codes
 
 
 def round_to_nearest(weight: torch.Tensor, moments: Moments | None, grid: IntegerGrid) -> Rounded:
@@ -13,10 +16,19 @@ def round_to_nearest(weight: torch.Tensor, moments: Moments | None, grid: Intege
 
     ``weight`` float [out, in]; ``moments`` are used for the reported error only.
     """
-    weight = weight.float()
-    groups = split_groups(weight, grid)
-    scales, offsets = fit(groups, grid)
-    return nearest(weight, scales, offsets, grid, moments)
+    rows, width = weight.shape
+    step = max(PIECE // width, 1)
+    pieces, lost, whole = [], 0.0, 0.0
+    for start in range(0, rows, step):
+        part = weight[start : start + step].float()
+        scales, offsets = fit(split_groups(part, grid), grid)
+        piece = nearest(part, scales, offsets, grid)
+        lost += row_errors(part, piece.dequantize(), moments).sum().item()
+        whole += row_errors(part, torch.zeros_like(part), moments).sum().item()
+        pieces.append(piece)
+    offsets = None if grid.zero == "symmetric" else torch.cat([p.offsets for p in pieces if p.offsets is not None])
+    codes, scales = torch.cat([p.codes for p in pieces]), torch.cat([p.scales for p in pieces])
+    return Rounded(grid, codes, scales, offsets, None, lost / whole if whole > 0 else 0.0)
 
 
 def split_groups(weight: torch.Tensor, grid: IntegerGrid) -> torch.Tensor:
@@ -25,20 +37,11 @@ def split_groups(weight: torch.Tensor, grid: IntegerGrid) -> torch.Tensor:
     return weight.reshape(rows, grid.groups(width), -1)
 
 
-def nearest(
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    offsets: torch.Tensor | None,
-    grid: IntegerGrid,
-    moments: Moments | None,
-) -> Rounded:
-    """Round onto scales and offsets [out, groups] that are already chosen."""
+def nearest(weight: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, grid: IntegerGrid) -> Rounded:
+    """Round onto scales and offsets [out, groups] that are already chosen; the error is left at 0."""
     groups = split_groups(weight, grid)
-    wide_offsets = None if offsets is None else offsets[..., None]
-    codes = codes_of(groups, scales[..., None], wide_offsets, grid)
-    values = values_of(codes, scales[..., None], wide_offsets, grid).reshape(weight.shape)
-    error = relative_error(weight, values, moments)
-    return Rounded(grid, codes.to(torch.uint8).reshape(weight.shape), scales, offsets, None, error)
+    codes = codes_of(groups, scales[..., None], None if offsets is None else offsets[..., None], grid)
+    return Rounded(grid, codes.to(torch.uint8).reshape(weight.shape), scales, offsets, None, 0.0)
 
 
 def row_errors(weight: torch.Tensor, values: torch.Tensor, moments: Moments | None) -> torch.Tensor:

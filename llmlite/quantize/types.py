@@ -78,6 +78,12 @@ class Rounded:
     group_index: torch.Tensor | None
     error: float
 
+    def cpu(self) -> Rounded:
+        """The same in the processor's memory."""
+        offsets = None if self.offsets is None else self.offsets.cpu()
+        index = None if self.group_index is None else self.group_index.cpu()
+        return Rounded(self.grid, self.codes.cpu(), self.scales.cpu(), offsets, index, self.error)
+
     def dequantize(self) -> torch.Tensor:
         """The weight that a reader of the file will see, float32 [out, in]."""
         width = self.codes.shape[1]

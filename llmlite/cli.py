@@ -1,0 +1,153 @@
+"""The command `llmlite`: one thin function per verb."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmlite import __version__
+from llmlite.errors import LlmliteError
+from llmlite.options import Parser, add_options, settings_from
+from llmlite.progress import console
+
+INTERRUPTED = 130
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns its exit status, after one sentence on standard error where it failed."""
+    try:
+        given = _parser().parse_args(arguments)
+        return given.run(given)
+    except LlmliteError as error:
+        return _fail(str(error), error.exit_status)
+    except MemoryError:
+        return _fail("out of memory", 3)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 3)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing was kept", INTERRUPTED)
+
+
+def _fail(sentence: str, status: int) -> int:
+    console.print(f"llmlite: {sentence}", style="red", markup=False, highlight=False, soft_wrap=True)
+    return status
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="llmlite", description="Make a language model fit the machine at hand, measure it, serve it.")
+    parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
+    for add in (_add_import, _add_quantize, _add_eval, _add_serve):
+        add(verbs)
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, settings: type) -> Parser:
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    add_options(parser, settings)
+    parser.add_argument("--recipe", type=Path, metavar="FILE", help="settings as YAML; the command line overrides them")
+    return parser
+
+
+def _out(parser: Parser) -> None:
+    parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="the directory to write")
+
+
+def _json(parser: Parser) -> None:
+    parser.add_argument("--json", metavar="FILE", help="also write the facts as JSON; - for standard output")
+
+
+def _write_json(facts: dict, to: str | None) -> None:
+    text = json.dumps(facts, indent=2) + "\n"
+    if to == "-":
+        sys.stdout.write(text)
+    elif to:
+        Path(to).write_text(text)
+
+
+def _add_import(verbs: Any) -> None:
+    from llmlite.run.import_gguf import ImportSettings
+
+    parser = _verb(verbs, "import", _import, "turn a GGUF file into a Hugging Face checkpoint", ImportSettings)
+    parser.add_argument("file", type=Path, metavar="FILE.gguf")
+    _out(parser)
+
+
+def _import(given: argparse.Namespace) -> int:
+    from llmlite.run.import_gguf import ImportSettings, run_import
+
+    run_import(given.file, given.out, settings_from(ImportSettings, given, given.recipe))
+    print(f"{given.out}: imported from {given.file}")
+    return 0
+
+
+def _add_quantize(verbs: Any) -> None:
+    from llmlite.run.quantize import QuantizeSettings
+
+    parser = _verb(verbs, "quantize", _quantize, "compress a checkpoint", QuantizeSettings)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a GGUF file or a hub id")
+    _out(parser)
+    _json(parser)
+
+
+def _quantize(given: argparse.Namespace) -> int:
+    from llmlite.run.quantize import QuantizeSettings, quantize
+    from llmlite.run.summary import summary, summary_table
+
+    done = quantize(given.model, given.out, settings_from(QuantizeSettings, given, given.recipe))
+    _write_json(summary(done), given.json)
+    if given.json != "-":
+        from rich.console import Console
+
+        Console().print(summary_table(done))
+    return 0
+
+
+def _add_eval(verbs: Any) -> None:
+    from llmlite.evals.evaluate import EvalSettings
+
+    parser = _verb(verbs, "eval", _eval, "measure an artifact, alone or against its base", EvalSettings)
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory, a GGUF file or a hub id")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw divergence and perplexity against size")
+    _json(parser)
+
+
+def _eval(given: argparse.Namespace) -> int:
+    from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
+    from llmlite.evals.table import picture, table
+
+    measured = evaluate(given.artifact, settings_from(EvalSettings, given, given.recipe))
+    save_in_manifest(given.artifact, measured)
+    _write_json(measured.to_json(), given.json)
+    if given.picture:
+        picture([measured], given.picture)
+    if given.json != "-":
+        from rich.console import Console
+
+        Console().print(table([measured]))
+    return 0
+
+
+def _add_serve(verbs: Any) -> None:
+    from llmlite.serve.settings import ServeSettings
+
+    parser = _verb(verbs, "serve", _serve, "serve an artifact over an OpenAI-compatible HTTP API", ServeSettings)
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory, a GGUF file or a hub id")
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from llmlite.serve.run import serve
+    from llmlite.serve.settings import ServeSettings
+
+    serve(given.artifact, settings_from(ServeSettings, given, given.recipe))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""FORMAT:TYPE, as in ``--to compressed-tensors:w4a16g64``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+
+from llmlite.errors import InputError
+from llmlite.quantize.types import IntegerGrid
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
+BNB_TYPES = ("nf4", "int8")
+FORMATS = {
+    "gguf": f"one of {', '.join(GGUF_TYPES)}",
+    "gptq": "w4g128 or alike: 2, 3, 4 or 8 bits, a group size (none: one scale per output channel), -asym for zero points",
+    "compressed-tensors": "w4a16g128 or alike: 4 or 8 bits, a group size (none: one scale per output channel), "
+    "-asym for zero points",
+    "bnb": "nf4 or int8",
+}
+_WEIGHT_ONLY = {
+    "gptq": re.compile(r"w(?P<bits>[2348])(g(?P<group>\d+))?(?P<asym>-asym)?"),
+    "compressed-tensors": re.compile(r"w(?P<bits>[48])a16(g(?P<group>\d+))?(?P<asym>-asym)?"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to write: the format and its type; ``bits`` and ``group`` where the type has an integer grid."""
+
+    format: str
+    type: str
+    bits: int | None = None
+    group: int | None = None
+    symmetric: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.format}:{self.type}"
+
+    def grid(self, scale_dtype: torch.dtype) -> IntegerGrid:
+        """The grid of a gptq or compressed-tensors target, scales kept in ``scale_dtype``."""
+        assert self.bits is not None
+        return IntegerGrid(self.bits, self.group, "symmetric" if self.symmetric else "integer", scale_dtype)
+
+
+def parse_target(text: str) -> Target:
+    """The target, or `InputError` that lists what would be right."""
+    format_name, colon, type_name = text.partition(":")
+    if format_name not in FORMATS or not colon:
+        near = get_close_matches(format_name, FORMATS, 1)
+        hint = f"; did you mean {near[0]}:...?" if near and near[0] != format_name else ""
+        raise InputError(f"--to {text}: FORMAT:TYPE with FORMAT one of {', '.join(FORMATS)} is right{hint}")
+    lowered = type_name.lower()
+    known = {"gguf": GGUF_TYPES, "bnb": BNB_TYPES}
+    if format_name in known and lowered in known[format_name]:
+        return Target(format_name, lowered)
+    match = _WEIGHT_ONLY[format_name].fullmatch(lowered) if format_name in _WEIGHT_ONLY else None
+    if match is None or match["group"] == "0":
+        raise InputError(f"--to {text}: the types of {format_name} are {FORMATS[format_name]}")
+    group = int(match["group"]) if match["group"] else None
+    return Target(format_name, lowered, int(match["bits"]), group, match["asym"] is None)

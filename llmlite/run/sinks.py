@@ -1,0 +1,129 @@
+"""Where the tensors of an artifact go: safetensors in one of the formats, or one GGUF file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from llmlite.checkpoint.checkpoint import Checkpoint
+from llmlite.checkpoint.safetensors_writer import SafetensorsWriter
+from llmlite.formats.bitsandbytes import BitsAndBytes
+from llmlite.formats.gguf import types as gguf
+from llmlite.formats.gguf.export import describe
+from llmlite.formats.gguf.writer import GgufWriter
+from llmlite.plan.plan import Plan, PlanRow
+from llmlite.plan.types import GgufTypes, SafetensorsTypes
+from llmlite.quantize.types import IntegerGrid, Rounded
+
+GGUF_FILE = "model.gguf"
+
+
+class Sink(Protocol):
+    """Takes each row of the plan once, in the plan's order, and writes it through to the disk."""
+
+    def grid(self, row: PlanRow) -> IntegerGrid | None: ...
+    def cast(self, row: PlanRow, tensor: torch.Tensor) -> None: ...
+    def rounded(self, row: PlanRow, rounded: Rounded) -> None: ...
+    def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor: ...
+    def close(self) -> None: ...
+    def abandon(self) -> None: ...
+
+
+class SafetensorsSink:
+    """A directory that transformers loads: shards, config with its quantization_config, tokenizer files."""
+
+    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: SafetensorsTypes):
+        self.types, self._directory, self._checkpoint, self._plan = types, directory, checkpoint, plan
+        layout = {}
+        for row in plan.rows:
+            if row.type == types.linear:
+                layout.update(types.layout(row.module, row.type, row.shape))
+            else:  # a bias has no module of its own
+                layout[row.name] = types.layout(row.module, row.type, row.shape)[f"{row.module}.weight"]
+        self._writer = SafetensorsWriter(directory, layout)
+
+    def grid(self, row: PlanRow) -> IntegerGrid | None:
+        return self.types.grid if row.type == self.types.linear else None
+
+    def cast(self, row: PlanRow, tensor: torch.Tensor) -> None:
+        self._writer.write(row.name, tensor.to(self.types.dtype))
+
+    def rounded(self, row: PlanRow, rounded: Rounded) -> None:
+        assert not isinstance(self.types.format, BitsAndBytes)
+        self._put(self.types.format.pack(row.module, rounded))
+
+    def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.types.format, BitsAndBytes)
+        tensors, seen = self.types.format.encode(row.module, weight)
+        self._put(tensors)
+        return seen
+
+    def _put(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, tensor in tensors.items():
+            self._writer.write(name, tensor)
+
+    def close(self) -> None:
+        self._writer.close()
+        for file in self._checkpoint.side_files():
+            (self._directory / file.name).write_bytes(file.read_bytes())
+        config = dict(self._checkpoint.config)
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(self.types.dtype).removeprefix("torch.")
+        ignored = ["lm_head"]
+        if isinstance(self.types.format, BitsAndBytes):
+            config["quantization_config"] = self.types.format.config(ignored)
+        else:
+            assert self.types.grid is not None
+            config["quantization_config"] = self.types.format.config(self.types.grid, ignored)
+        (self._directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def abandon(self) -> None:
+        self._writer.abandon()
+
+
+class GgufSink:
+    """One GGUF file with everything llama.cpp needs."""
+
+    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes):
+        self._model = describe(checkpoint)
+        extra = self._model.extra()
+        layout = {self._model.gguf_name(row.name): (row.type, row.shape) for row in plan.rows}
+        layout.update({name: ("f32", tuple(tensor.shape)) for name, tensor in extra.items()})
+        self._writer = GgufWriter(directory / GGUF_FILE, self._model.metadata, layout)
+        self._extra = extra
+
+    def grid(self, row: PlanRow) -> IntegerGrid | None:
+        return gguf.grid_of(row.type) if row.type in GgufTypes.rounded else None
+
+    def cast(self, row: PlanRow, tensor: torch.Tensor) -> None:
+        tensor = self._model.to_gguf(row.name, tensor)
+        self._writer.write(self._model.gguf_name(row.name), gguf.encode(tensor, row.type))
+
+    def rounded(self, row: PlanRow, rounded: Rounded) -> None:
+        order = self._model.rows(row.name)
+        if order is not None:  # rows are rounded each on its own, so their order can change afterwards
+            offsets = None if rounded.offsets is None else rounded.offsets[order]
+            rounded = replace(rounded, codes=rounded.codes[order], scales=rounded.scales[order], offsets=offsets)
+        self._writer.write(self._model.gguf_name(row.name), gguf.pack(rounded, row.type))
+
+    def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError("GGUF types are integer grids")
+
+    def close(self) -> None:
+        for name, tensor in self._extra.items():
+            self._writer.write(name, gguf.encode(tensor, "f32"))
+        self._writer.close()
+
+    def abandon(self) -> None:
+        self._writer.abandon()
+
+
+def open_sink(directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes | SafetensorsTypes) -> Sink:
+    """The sink for the plan's target."""
+    if isinstance(types, GgufTypes):
+        return GgufSink(directory, checkpoint, plan, types)
+    return SafetensorsSink(directory, checkpoint, plan, types)
