@@ -1,6 +1,5 @@
 """A checkpoint exported to GGUF computes and tokenizes in llama.cpp as it does in transformers."""
 
-
 import pytest
 from gguf_models import CHATS, CONFIGS, TEXTS, LlamaCpp, gguf_of, relative_gap, save_tiny, transformers_logits
 from transformers import AutoTokenizer

@@ -5,17 +5,16 @@ Source: llama.cpp, src/llama-model.cpp load_hparams, src/models/{llama,qwen2,qwe
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from llmlite.checkpoint.families import Family
+from llmlite.checkpoint.gguf_config import GEMMA3_27B_LAYERS, llama3_factors
 from llmlite.errors import InputError
 from llmlite.formats.gguf.writer import Value
 
 ACTIVATIONS = {"llama": "silu", "qwen2": "silu", "qwen3": "silu", "gemma3": "gelu_pytorch_tanh"}
-GEMMA3_27B_LAYERS = 62  # llama.cpp knows the largest Gemma 3 by its depth, and scales its queries another way
 
 
 def full_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -81,13 +80,13 @@ def _rope(rope: dict[str, Any], where: str) -> dict[str, Value]:
             raise InputError(f"{where}: yarn with {key} can't be exported; remove it or use another format")
     if not rope.get("truncate", True):
         raise InputError(f"{where}: yarn with truncate = false can't be exported; use another format")
+    betas = {f"rope.scaling.yarn_{key}": float(rope[key]) for key in ("beta_fast", "beta_slow") if rope.get(key)}
     return {
         **out,
+        **betas,
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(rope["factor"]),
         "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-        "rope.scaling.yarn_beta_fast": float(rope.get("beta_fast") or 32),
-        "rope.scaling.yarn_beta_slow": float(rope.get("beta_slow") or 1),
     }
 
 
@@ -116,16 +115,6 @@ def _gemma3(config: dict[str, Any], where: str) -> dict[str, Value]:
 
 
 def rope_factors(config: dict[str, Any]) -> torch.Tensor | None:
-    """What llama.cpp divides each rotary frequency by under rope type llama3: float32 [head_dim / 2], else None.
-
-    Source: transformers' _compute_llama3_parameters (modeling_rope_utils.py), Llama 3.1's own scheme.
-    """
+    """What llama.cpp divides each rotary frequency by under rope type llama3: float32 [head_dim / 2], else None."""
     rope = rope_parameters(config)
-    if rope["rope_type"] != "llama3":
-        return None
-    width = head_dim(config)
-    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width))
-    turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / ((1 - smooth) / factor + smooth)).float()
+    return llama3_factors(rope, head_dim(config)) if rope["rope_type"] == "llama3" else None

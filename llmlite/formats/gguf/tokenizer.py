@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.checkpoint import pretokenizers
+from llmlite.checkpoint.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
 from llmlite.errors import InputError
 from llmlite.formats.gguf.writer import Value
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama_token_type in llama.h
-SPACE = "▁"  # U+2581, SentencePiece's space
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 # Added tokens that some models forget to flag as special: llama.cpp's converter treats them as control tokens.
 LOOKS_SPECIAL = re.compile(r"<pad>|<mask>|<2mass>|\[@BOS@\]|<\|.*\|>|<｜.*｜>|<unused.*>", re.DOTALL)
