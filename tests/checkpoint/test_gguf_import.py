@@ -60,7 +60,10 @@ def test_round_trip_gives_the_same_checkpoint(name, tiny, tmp_path):
     was, now = (AutoConfig.from_pretrained(c.directory).to_dict() for c in (before, after))
     for key in SETTINGS:
         if key == "rope_parameters" and name == "llama3":
-            assert relative_gap(transformers_logits(directory, PROMPT), transformers_logits(tmp_path / "back", PROMPT)) < 1e-5
+            assert (
+                relative_gap(transformers_logits(directory, PROMPT), transformers_logits(tmp_path / "back", PROMPT))
+                < 1e-5
+            )
         elif key == "sliding_window" and now.get("layer_types") == ["full_attention"] * 3:
             continue
         elif key in was:
