@@ -124,8 +124,8 @@ class LlamaCppEngine:
     name = "llama.cpp"
 
     def __init__(self, file: Path, threads: int | None = None, context: int | None = None):
-        length = context or 2048
-        self.llama = Llama(file, LlamaSettings(context=length, batch=min(512, length), threads=threads))
+        self.longest = context or 2048
+        self.llama = Llama(file, LlamaSettings(self.longest, batch=min(512, self.longest), threads=threads))
         self.version = engine_version(self.name)
         self.vocab_size = self.known_tokens = self.llama.vocab_size
         self.bos = self.llama.bos
@@ -136,8 +136,8 @@ class LlamaCppEngine:
         return self.llama.tokenize(text).astype(np.int64)
 
     def log_probs(self, tokens: np.ndarray, first: int) -> Iterator[tuple[int, torch.Tensor]]:
-        if len(tokens) > self.llama.settings.context:
-            raise ValueError(f"{len(tokens)} tokens in a context of {self.llama.settings.context}")
+        if len(tokens) > self.longest:
+            raise ValueError(f"{len(tokens)} tokens in a context of {self.longest}")
         self.llama.clear()
         for start, stop in _batches(len(tokens), first, self.step):
             wanted = np.arange(start, stop) >= first

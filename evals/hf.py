@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from llmlite.errors import InputError, OutsideError
 EXTRAS = {"gptq": "gptq", "bitsandbytes": "bnb", "compressed-tensors": "compressed-tensors"}
 
 
-def load_transformers(path: Path, threads: int | None = None):
+def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]:
     """The model in eval mode, in the dtype it is stored in, and its tokenizer.
 
     On the first GPU where there is one. Pickle weights and remote code are refused. ``threads`` is a setting of
@@ -27,19 +29,31 @@ def load_transformers(path: Path, threads: int | None = None):
     where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, trust_remote_code=False, **where
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
         )
     except ImportError as error:
-        raise InputError(f"{path}: a package that this quantization needs is missing ({_line(error)})") from None
+        raise InputError(f"{path}: {_package_missing(path)} ({_line(error)})") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutsideError(f"{path}: does not fit into memory ({_line(error)})") from None
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(f"{path}: transformers can't load it ({_line(error)})") from None
+    model, report = loaded
+    if report["missing_keys"]:
+        names = sorted(report["missing_keys"])
+        raise InputError(f"{path}: {len(names)} tensors of the model are not in the files, {names[0]!r} for one")
     return model.eval(), tokenizer
 
 
-def kv_bytes_per_token(model) -> int:
+def _package_missing(path: Path) -> str:
+    config = json.loads((path / "config.json").read_text())
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method not in EXTRAS:
+        return "a Python package that it needs is missing"
+    return f"loading a {method} checkpoint needs the extra {EXTRAS[method]!r}, as in pip install '.[{EXTRAS[method]}]'"
+
+
+def kv_bytes_per_token(model: Any) -> int:
     """Bytes of keys and values that one more position takes, all layers, in the model's dtype."""
     config = model.config.get_text_config()
     heads = config.num_key_value_heads if "num_key_value_heads" in config.to_dict() else config.num_attention_heads

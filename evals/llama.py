@@ -45,9 +45,9 @@ class LlamaSettings:
     """What a context is made for.
 
     ``context``: positions, all sequences together, None for as many as the model was trained for in each of them;
-    ``batch``: most tokens of one decode; ``outputs``: most rows
-    of logits of one decode (each takes vocabulary x 4 bytes); ``threads``: None takes every core this process may
-    use; ``mmap``: False reads the weights into memory of the process's own.
+    ``batch``: most tokens of one decode; ``outputs``: most rows of logits of one decode (each takes vocabulary x 4
+    bytes); ``threads``: None takes every core this process may use; ``mmap``: False reads the weights into memory
+    of the process's own.
     """
 
     context: int | None = 2048
@@ -124,6 +124,7 @@ class Llama:
         The result is float32 [rows, vocab] and lies in llama.cpp's own buffer until the next decode.
         """
         self.batch.fill(tokens, start, wanted)
+        _log.clear()
         status = self.api.llama_decode(self.context, self.batch.struct)
         if status == NO_ROOM:
             raise InputError(f"{self.file}: position {start + len(tokens):,} is beyond the context: make it larger")
@@ -205,4 +206,4 @@ def _open(file: Path):
 
 def _reason() -> str:
     """The first error that llama.cpp logged since the log was cleared: later ones only repeat that it failed."""
-    return _log[0].rstrip(".") if _log else "it gives no reason"
+    return _log[0].splitlines()[0].rstrip(".:") if _log else "it gives no reason"

@@ -5,14 +5,11 @@ Imports neither torch nor an engine, so that a process which measures memory hol
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from llmlite.errors import InputError
-
-SPLIT = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 @dataclass(frozen=True)
@@ -28,21 +25,14 @@ class Location:
 
     @property
     def weight_files(self) -> list[Path]:
-        """Every file that holds weights, the parts of a split GGUF included."""
-        if self.engine == "transformers":
-            return sorted(self.path.glob("*.safetensors"))
-        split = SPLIT.search(self.path.name)
-        if split is None:
-            return [self.path]
-        stem = self.path.name[: split.start()]
-        return [self.path.with_name(f"{stem}-{n:05d}-of-{split[2]}.gguf") for n in range(1, int(split[2]) + 1)]
+        return [self.path] if self.engine == "llama.cpp" else sorted(self.path.glob("*.safetensors"))
 
 
 def find(artifact: str | Path) -> Location:
     """Where the weights lie and who reads them; `InputError` when that is not clear.
 
     A directory with config.json and safetensors files goes to transformers, another one with a single GGUF
-    (or the parts of one) to llama.cpp, and a hub id is fetched, or taken from the cache.
+    file to llama.cpp, and a hub id is fetched, or taken from the cache.
     """
     path = Path(artifact)
     if path.is_file():
@@ -57,7 +47,7 @@ def find(artifact: str | Path) -> Location:
         path = locate(str(artifact))
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
         return Location("transformers", path)
-    files = [file for file in sorted(path.glob("*.gguf")) if _is_first_part(file)]
+    files = sorted(path.glob("*.gguf"))
     if len(files) > 1:
         raise InputError(
             f"{path}: has {len(files)} GGUF files ({files[0].name}, {files[1].name}, ...): name one of them"
@@ -65,8 +55,3 @@ def find(artifact: str | Path) -> Location:
     if not files:
         raise InputError(f"{path}: has neither config.json with safetensors files nor a GGUF file: not an artifact")
     return Location("llama.cpp", files[0])
-
-
-def _is_first_part(file: Path) -> bool:
-    split = SPLIT.search(file.name)
-    return split is None or int(split[1]) == 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmlite.checkpoint.gguf_header import read_gguf
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError
 from llmlite.evals.locate import Location
-from llmlite.extras import need
 
 NO_PARAMETERS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # constants in GGUF
 
@@ -32,27 +33,13 @@ class Size:
 
 def measure_size(location: Location) -> Size:
     """Read from headers and config alone; `InputError` for a file that is missing or broken."""
-    missing = [file for file in location.weight_files if not file.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]}: is missing: the artifact is incomplete")
     on_disk = sum(file.stat().st_size for file in location.weight_files)
     if location.engine == "llama.cpp":
-        return Size(on_disk, *_gguf(location.weight_files))
-    tensors = read_index(location.path).values()
-    return Size(on_disk, sum(tensor.nbytes for tensor in tensors), _parameters(location.path))
-
-
-def _gguf(files: list[Path]) -> tuple[int, int]:
-    gguf = need("gguf", "gguf")
-    nbytes = parameters = 0
-    for file in files:
-        try:
-            tensors = gguf.GGUFReader(file).tensors
-        except (ValueError, KeyError, IndexError) as error:
-            raise InputError(f"{file}: is not a whole GGUF file ({error})") from None
-        nbytes += sum(int(tensor.n_bytes) for tensor in tensors)
-        parameters += sum(int(tensor.n_elements) for tensor in tensors if tensor.name not in NO_PARAMETERS)
-    return nbytes, parameters
+        tensors = read_gguf(location.path).tensors.values()
+        counted = sum(math.prod(tensor.shape) for tensor in tensors if tensor.name not in NO_PARAMETERS)
+        return Size(on_disk, sum(tensor.nbytes for tensor in tensors), counted)
+    stored = read_index(location.path).values()
+    return Size(on_disk, sum(tensor.nbytes for tensor in stored), _parameters(location.path))
 
 
 def _parameters(directory: Path) -> int:

@@ -1,0 +1,208 @@
+"""An artifact judged as a whole: size, memory, speed, the JSON that scripts read, and the table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmlite.checkpoint.artifact import read_manifest, write_manifest
+from llmlite.errors import InputError, OutsideError
+from llmlite.evals.evaluate import EvalSettings, Evaluation, evaluate, save_in_manifest
+from llmlite.evals.hf import kv_bytes_per_token, load_transformers
+from llmlite.evals.llama import Llama, LlamaSettings
+from llmlite.evals.locate import find
+from llmlite.evals.probe import probe
+from llmlite.evals.size import measure_size
+from llmlite.evals.speed import ANSWER_TOKENS, PROMPT_TOKENS, measure_speed
+from llmlite.evals.table import picture, table
+from tests import gguf_models
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory):
+    pytest.importorskip("llama_cpp")
+    directory = gguf_models.save_tiny("llama", tmp_path_factory.mktemp("tied"))
+    return gguf_models.gguf_of(directory, "f16")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "cats.v1.txt"
+    file.write_text("the cat sat on the mat and the dog ran to the house. " * 200)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny, text) -> Evaluation:
+    return evaluate(tiny, EvalSettings(base=str(tiny), text=(text,), windows=2, window=64))
+
+
+def test_size_counts_every_tensor_and_each_parameter_once(tiny, gguf):
+    tensors = load_file(tiny / "model.safetensors")
+    size = measure_size(find(tiny))
+    assert size.parameters == sum(tensor.numel() for tensor in tensors.values())
+    assert size.bits_per_weight == 32
+    assert size.bytes == (tiny / "model.safetensors").stat().st_size
+
+    tied = load_file(gguf.parent / "model.safetensors")
+    assert "lm_head.weight" not in tied, "the test needs a model whose head is its embedding"
+    parameters = sum(tensor.numel() for tensor in tied.values())
+    norms = sum(tensor.numel() for tensor in tied.values() if tensor.ndim == 1)
+    assert measure_size(find(gguf.parent)).parameters == parameters
+    size = measure_size(find(gguf))
+    assert size.parameters == parameters
+    assert size.bits_per_weight == pytest.approx((16 * parameters + 16 * norms) / parameters)
+    assert size.bytes == gguf.stat().st_size > size.tensor_bytes
+
+
+def test_kv_bytes_are_what_the_caches_take(tiny, gguf):
+    model, _ = load_transformers(tiny)
+    cache = model(input_ids=torch.arange(40)[None]).past_key_values
+    stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert kv_bytes_per_token(model) * 40 == stored
+
+    llama = Llama(gguf, LlamaSettings(context=512))
+    ids = np.arange(100)
+    llama.decode(ids, 0, np.zeros(100, np.int8))
+    per_token = llama.api.llama_state_seq_get_size(llama.context, 0) / 100
+    assert llama.kv_bytes_per_token() == 2 * 3 * 2 * (16 + 16)  # float16, layers, heads, key and value
+    assert per_token == pytest.approx(llama.kv_bytes_per_token(), rel=0.2), (
+        "a saved state has the cells' positions, too"
+    )
+    llama.close()
+
+
+@pytest.mark.parametrize("which", ["tiny", "gguf"])
+def test_memory_and_speed_come_from_a_process_of_the_artifacts_own(which, request):
+    artifact = request.getfixturevalue(which)
+    memory, speed = probe(find(artifact).path, threads=1, repeats=1)
+    assert memory.weights == pytest.approx(measure_size(find(artifact)).tensor_bytes, rel=0.01)
+    assert memory.program < memory.peak
+    assert speed.prompt_tps == pytest.approx(PROMPT_TOKENS / speed.first_token_s)
+    assert speed.generate_tps > 0
+    if which == "gguf":
+        assert memory.peak < 150e6, "measuring llama.cpp must not load torch"
+
+
+def test_what_stops_the_measuring_process_is_told(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"nonsense" * 10)
+    with pytest.raises(InputError, match="does not begin with GGUF"):
+        probe(tmp_path / "a.gguf")
+
+
+def test_speed_reads_a_whole_prompt_and_writes_a_whole_answer():
+    class Clock:
+        vocab_size = 100
+
+        def __init__(self):
+            self.read = []
+
+        def prompt(self, tokens):
+            self.read.append(len(tokens))
+            return 5
+
+        def step(self, token):
+            self.read.append(1)
+            return token
+
+    clock = Clock()
+    measure_speed(clock, repeats=2)
+    assert clock.read == [PROMPT_TOKENS, *([PROMPT_TOKENS] + [1] * ANSWER_TOKENS) * 2]
+
+
+def test_json_has_the_keys_that_scripts_rely_on(evaluation, tiny):
+    facts = json.loads(json.dumps(evaluation.to_json()))
+    assert facts["engine"].keys() == {"name", "version"}
+    assert facts["engine"]["name"] == "transformers"
+    assert facts["bytes"] == (tiny / "model.safetensors").stat().st_size
+    assert facts["bits_per_weight"] == 32
+    assert facts["protocol"] == {"name": "llama.cpp", "window": 64}
+    assert facts["base"] == str(tiny)
+    ((name, of_text),) = facts["texts"].items()
+    assert name == "cats_v1"
+    assert len(of_text["sha256"]) == 64
+    assert of_text["perplexity"].keys() == {"value", "stderr", "tokens", "windows"}
+    assert of_text["perplexity"]["tokens"] == 2 * 31
+    assert {"mean_kl", "median_kl", "p99_kl", "p999_kl", "max_kl", "same_top"} <= of_text["divergence"].keys()
+    assert "memory" not in facts, "not asked for"
+    assert "speed" not in facts, "not asked for"
+
+
+def test_memory_and_speed_have_the_keys_that_scripts_rely_on(gguf):
+    facts = evaluate(gguf, EvalSettings(memory=True, speed=True, threads=1)).to_json()
+    assert {"weights", "kv_per_token", "peak"} <= facts["memory"].keys()
+    assert facts["speed"].keys() == {"prompt_tps", "generate_tps", "first_token_s"}
+    assert "texts" not in facts
+
+
+def test_figures_are_kept_in_the_manifest(evaluation, tmp_path, tiny):
+    assert not save_in_manifest(tiny, evaluation), "a checkpoint without llmlite.json stays as it is"
+    assert not (tiny / "llmlite.json").exists()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny / name).read_bytes())
+    write_manifest(tmp_path, {"kind": "artifact", "evals": {"paper": {"kept": True}}})
+    assert save_in_manifest(tmp_path, evaluation)
+    manifest = read_manifest(tmp_path)
+    assert manifest is not None
+    assert manifest["kind"] == "artifact"
+    assert manifest["evals"] == {"paper": {"kept": True}, "llama.cpp": evaluation.to_json()}
+
+
+def test_table_and_picture_show_what_was_measured(evaluation, tmp_path):
+    columns = [str(column.header) for column in table([evaluation]).columns]
+    assert "perplexity" in columns
+    assert "peak\nMB" not in columns, "nobody measured it"
+    picture([evaluation, evaluation], tmp_path / "quality.png")
+    assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"protocol": "sliding"}, "'sliding' is unknown; known are llama.cpp, paper"),
+        ({"base": "somewhere"}, "a base without a text"),
+        ({"windows": 0}, "windows is 0; 1 or more is right"),
+        ({"window": 1}, "window is 1; 4 or more is right"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tiny, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        evaluate(tiny, EvalSettings(**settings))
+
+
+def test_what_is_no_artifact_is_refused(tmp_path, tiny):
+    for path, sentence in (
+        (tmp_path / "none.gguf", "there is no such file"),
+        (tmp_path, "neither config.json with safetensors files nor a GGUF file"),
+        (tiny / "config.json", "is not a .gguf file"),
+        (tmp_path / "none", "no such directory"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            find(path)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match="has 2 GGUF files"):
+        find(tmp_path)
+
+
+def test_llama_cpp_says_why_in_one_sentence_and_nothing_on_the_terminal(gguf, tmp_path, capfd):
+    broken = tmp_path / "cut.gguf"
+    broken.write_bytes(gguf.read_bytes()[:-5000])
+    with pytest.raises(InputError, match=r"cut.gguf: llama.cpp can't load it \(.*not within the file bounds"):
+        Llama(broken, LlamaSettings())
+    llama = Llama(gguf, LlamaSettings(context=256))
+    llama.decode(np.arange(200), 0, np.zeros(200))
+    with pytest.raises(InputError, match="position 300 is beyond the context"):
+        llama.decode(np.arange(100), 200, np.zeros(100))
+    with pytest.raises(OutsideError, match=r"failed while it computed .*inconsistent sequence positions"):
+        llama.decode(np.arange(10), 90, np.zeros(10))
+    llama.close()
+    assert capfd.readouterr() == ("", "")
