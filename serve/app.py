@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 import llmlite
@@ -73,7 +73,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         service.check_model(model)
         return JSONResponse(service.model_card())
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", dependencies=[Depends(_require_json)])
     async def chat(body: ChatRequest, request: Request) -> Response:
         service.check_model(body.model)
         try:
@@ -88,7 +88,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             service, request, body, works, ChatAnswer(service, lengths, body.include_usage, top is not None)
         )
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", dependencies=[Depends(_require_json)])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
         works: list[Work] = []
@@ -103,6 +103,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         lengths = [len(work.prompt) for work in works]
         answer = CompletionAnswer(service, lengths, n, body.include_usage, body.logprobs is not None, echoes)
         return await _answer(service, request, body, works, answer)
+
+
+def _require_json(request: Request) -> None:
+    """Nothing but application/json: a page in a browser can't send that to a local server without asking first."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the body must be JSON: send Content-Type: application/json, not {kind!r}")
 
 
 async def _prompt_ids(service: Service, prompt: str | list[int]) -> list[int]:

@@ -98,7 +98,8 @@ def _first_problem(error: RequestValidationError) -> ApiError:
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem['ctx']['error']} at character {place[0]}")
     if problem["loc"] == ("body",) and "param" not in problem.get("ctx", {}):
-        return ApiError(400, "the body must be a JSON object")
+        what = "has a field name that is no text" if problem["type"] == "string_unicode" else "must be a JSON object"
+        return ApiError(400, f"the body {what}")
     param = problem.get("ctx", {}).get("param") or _field_path(problem["loc"][1:])
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server does not know this field", param, "unknown_parameter")

@@ -176,8 +176,8 @@ class Scheduler:
             ticket.sink(delta)
 
     def _retire(self, ticket: Ticket, keep: bool) -> None:
+        ticket.generation.close(keep)  # first: should it raise, the ticket is still there to be told
         self._running.remove(ticket)
-        ticket.generation.close(keep)
         lasted = time.monotonic() - ticket.started
         self._seconds = lasted if self._seconds == 0 else 0.8 * self._seconds + 0.2 * lasted
 

@@ -1,0 +1,83 @@
+"""Real servers on loopback, each in a thread of its own."""
+
+import json
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+openai = pytest.importorskip("openai")
+
+from llmlite.serve.app import create_app  # noqa: E402
+from llmlite.serve.settings import ServeSettings  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that runs: its URL, its app's service, and ways to ask it."""
+
+    url: str
+    service: object
+
+    @property
+    def client(self):
+        """The official client, made to check every answer against the API's types."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=30, _strict_response_validation=True
+        )
+
+    def post(self, path, body=None, **more):
+        if body is not None:
+            more["json"] = {"model": "model", **body}
+        return httpx.post(f"{self.url}{path}", timeout=30, **more)
+
+    def chat(self, content, **more):
+        return self.post("/v1/chat/completions", {"messages": [{"role": "user", "content": content}], **more})
+
+    def complete(self, prompt, **more):
+        return self.post("/v1/completions", {"prompt": prompt, **more})
+
+    def events(self, path, body):
+        """The data of a stream's events, parsed; "[DONE]" as it stands."""
+        answer = self.post(path, {**body, "stream": True})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+        return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+    def wait(self, condition, seconds=5):
+        """Poll /health-like conditions: True as soon as one holds, False after ``seconds``."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if condition():
+                return True
+            time.sleep(0.005)
+        return False
+
+
+@contextmanager
+def running(engine, manifest=None, **settings):
+    app = create_app(engine, ServeSettings(**settings), manifest=manifest)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    server_up = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service)
+    try:
+        assert server_up.wait(lambda: server.started)
+        yield server_up
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def serve():
+    """``with serve(engine, **settings) as server``."""
+    return running
