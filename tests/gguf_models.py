@@ -29,7 +29,7 @@ TEXTS = [
 CHATS = ["<|im_start|>user\nHello 12<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "x<|im_start|> y<|im_start|>"]
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
-    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -101,11 +101,15 @@ CONFIGS = {
         "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
                             "high_freq_factor": 4.0, "original_max_position_embeddings": 128},
     },
-    "llama-linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    },
     "qwen2": {"model_type": "qwen2", "rope_theta": 1e6, "tie_word_embeddings": False},
     "qwen2-yarn": {
         "model_type": "qwen2",
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 128},
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0,
+                            "original_max_position_embeddings": 128},
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_theta": 1e6, "tie_word_embeddings": True},
     "gemma3": {
@@ -124,7 +128,7 @@ TOKENIZERS = {
     "llama3": lambda: byte_level_tokenizer("llama-bpe", add_bos=True),
     "llama-linear": lambda: sentencepiece_tokenizer(prefix=True),
     "qwen2": lambda: byte_level_tokenizer("qwen2"),
-    "qwen2-yarn": lambda: byte_level_tokenizer("gpt-2"),
+    "qwen2-yarn": lambda: byte_level_tokenizer("qwen2"),
     "qwen3": lambda: byte_level_tokenizer("qwen2"),
     "gemma3": lambda: sentencepiece_tokenizer(prefix=False),
     "gemma3-period": lambda: sentencepiece_tokenizer(prefix=False),

@@ -46,15 +46,23 @@ class _Keys:
         self.prefix = f"{family.gguf}."
         self.metadata = source.metadata
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive whole number; required where there is no default."""
         value = self.metadata.get(self.prefix + key, default)
-        return _shortest(value) if isinstance(value, float) else value
-
-    def need(self, key: str) -> Any:
-        value = self.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise InputError(f"{self.where}: {self.prefix}{key} is {value!r} in the header; a positive number is right")
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise InputError(f"{self.where}: {self.prefix}{key} is {value!r}; a positive whole number is right")
         return value
+
+    def real(self, key: str, default: float | None = None) -> float:
+        """A positive number, the shortest decimal of its float32; required where there is no default."""
+        value = self.metadata.get(self.prefix + key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
+            raise InputError(f"{self.where}: {self.prefix}{key} is {value!r}; a positive number is right")
+        return _shortest(value)
+
+    def has(self, key: str) -> bool:
+        """The key is there and not zero, which llama.cpp takes for unset."""
+        return self.metadata.get(self.prefix + key, 0) not in (0, False)
 
 
 def _shortest(value: float) -> float:
@@ -72,19 +80,23 @@ def import_config(source: GgufFile, family: Family) -> dict[str, Any]:
     if "token_embd.weight" not in source.tensors:
         raise InputError(f"{source.file}: tensor 'token_embd.weight' is missing, so this is not a whole model")
     architecture, activation_key, activation = CLASSES[family.gguf]
-    heads = keys.need("attention.head_count")
+    layers = {name.split(".")[1] for name in source.tensors if name.startswith("blk.")}
+    said = keys.count("block_count")
+    if said != len(layers):
+        raise InputError(f"{source.file}: the header says {said} layers and the file has tensors of {len(layers)}")
+    heads = keys.count("attention.head_count")
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": family.model_types[0],
         "vocab_size": source.tensors["token_embd.weight"].shape[0],
-        "hidden_size": keys.need("embedding_length"),
-        "intermediate_size": keys.need("feed_forward_length"),
-        "num_hidden_layers": keys.need("block_count"),
+        "hidden_size": keys.count("embedding_length"),
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_hidden_layers": keys.count("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "head_dim": keys.get("attention.key_length", keys.need("embedding_length") // heads),
-        "max_position_embeddings": keys.need("context_length"),
-        "rms_norm_eps": keys.need("attention.layer_norm_rms_epsilon"),
+        "num_key_value_heads": keys.count("attention.head_count_kv", heads),
+        "head_dim": keys.count("attention.key_length", keys.count("embedding_length") // heads),
+        "max_position_embeddings": keys.count("context_length"),
+        "rms_norm_eps": keys.real("attention.layer_norm_rms_epsilon"),
         activation_key: activation,
         "tie_word_embeddings": "output.weight" not in source.tensors,
         "attention_dropout": 0.0,
@@ -93,8 +105,8 @@ def import_config(source: GgufFile, family: Family) -> dict[str, Any]:
     }
     width = config["head_dim"]
     for key in ("attention.value_length", "rope.dimension_count"):
-        if keys.get(key, width) != width:
-            raise InputError(f"{source.file}: {keys.prefix}{key} is {keys.get(key)} and a head has {width} channels")
+        if keys.count(key, width) != width:
+            raise InputError(f"{source.file}: {keys.prefix}{key} is {keys.count(key)} and a head has {width} channels")
     rope = _rope(keys, source, config)
     if family.gguf == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in source.tensors
@@ -107,21 +119,22 @@ def import_config(source: GgufFile, family: Family) -> dict[str, Any]:
 
 
 def _rope(keys: _Keys, source: GgufFile, config: dict[str, Any]) -> dict[str, Any]:
-    rope: dict[str, Any] = {"rope_theta": keys.get("rope.freq_base", 10000.0), "rope_type": "default"}
-    factor = keys.get("rope.scaling.factor") or keys.get("rope.scale_linear") or 1.0
-    kind = keys.get("rope.scaling.type", "linear")
+    rope: dict[str, Any] = {"rope_theta": keys.real("rope.freq_base", 10000.0), "rope_type": "default"}
+    named = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"  # the older name
+    factor = keys.real(named) if keys.has(named) else 1.0
+    kind = source.metadata.get(keys.prefix + "rope.scaling.type", "linear")
     if ROPE_FREQS in source.tensors:
         if factor != 1.0:
             raise InputError(f"{source.file}: has rope_freqs.weight and a rope scaling factor; one of them is right")
         return {**rope, **_llama3(source, rope["rope_theta"], config["head_dim"])}
     if kind == "yarn" and factor != 1.0:
-        betas = {name: keys.get(f"rope.scaling.yarn_{name}") for name in ("beta_fast", "beta_slow")}
+        betas = [name for name in ("beta_fast", "beta_slow") if keys.has(f"rope.scaling.yarn_{name}")]
         return {
             **rope,
-            **{name: value for name, value in betas.items() if value is not None},  # else 32 and 1 on both sides
+            **{name: keys.real(f"rope.scaling.yarn_{name}") for name in betas},  # else 32 and 1 on both sides
             "rope_type": "yarn",
             "factor": factor,
-            "original_max_position_embeddings": keys.need("rope.scaling.original_context_length"),
+            "original_max_position_embeddings": keys.count("rope.scaling.original_context_length"),
         }
     if kind not in ("linear", "none", "yarn"):
         raise InputError(f"{source.file}: rope scaling type {kind!r} is not known; known are linear, yarn and none")
@@ -177,25 +190,26 @@ def _llama3(source: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
 
 def _gemma3(keys: _Keys, config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
-    window = keys.get("attention.sliding_window", 0)
-    pattern = keys.get("attention.sliding_window_pattern", 6)
+    window = keys.count("attention.sliding_window") if keys.has("attention.sliding_window") else 0
+    pattern = keys.metadata.get(keys.prefix + "attention.sliding_window_pattern", 6)
     if isinstance(pattern, int):  # each layer but every n-th looks at a window; 0: all do
         pattern = [pattern == 0 or layer % pattern < pattern - 1 for layer in range(layers)]
     if not window:
         pattern = [False] * layers
-    if len(pattern) != layers:
+    if not isinstance(pattern, list) or len(pattern) != layers:
         raise InputError(f"{keys.where}: {keys.prefix}attention.sliding_window_pattern does not have {layers} entries")
     width = config["head_dim"]
+    cap = "final_logit_softcapping"
     return {
         "query_pre_attn_scalar": (
             config["hidden_size"] // config["num_attention_heads"] if layers == GEMMA3_27B_LAYERS else width
         ),
         "layer_types": ["sliding_attention" if sliding else "full_attention" for sliding in pattern],
         "sliding_window": window or 4096,
-        "final_logit_softcapping": keys.get("final_logit_softcapping") or None,
+        cap: keys.real(cap) if keys.has(cap) else None,
         "attn_logit_softcapping": None,
         "rope_parameters": {
             "full_attention": rope,
-            "sliding_attention": {"rope_theta": keys.get("rope.freq_base_swa", 10000.0), "rope_type": "default"},
+            "sliding_attention": {"rope_theta": keys.real("rope.freq_base_swa", 10000.0), "rope_type": "default"},
         },
     }

@@ -24,6 +24,7 @@ from llmlite.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmlite.errors import InputError
 from llmlite.extras import need
 
+PROBE = "Don't  stop 12345\n\n\tif x == 1_000:  # we'LL see\r\n 语言模型 🚀 naïve «x» \u2028 ...!?"
 NOT_WEIGHTS = (gguf_names.ROPE_FREQS,)  # config.json says the same
 
 
@@ -51,6 +52,7 @@ def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.float32, reord
         _write_json(directory / "config.json", config)
         _write_json(directory / "generation_config.json", _generation(tokenizer))
         tokenizer.save(directory)
+        _refuse_other_reading(directory, file)
         layout = {name: TensorSpec(dtype, tensor.shape) for name, tensor in members.items()}
         with SafetensorsWriter(directory, layout) as writer:
             for name, tensor in members.items():
@@ -89,6 +91,25 @@ def _refuse_unreadable(source: GgufFile) -> None:
             gguf.quants.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
         except NotImplementedError:
             raise InputError(f"{source.file}: has tensors of type {name}, which can't be turned into floats") from None
+
+
+def _refuse_other_reading(directory: Path, file: Path) -> None:
+    """`InputError` where transformers reads the tokenizer by rules of the model type and not by tokenizer.json."""
+    from tokenizers import Tokenizer
+    from transformers import AutoTokenizer
+
+    written = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    read = AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    if written.pre_tokenizer is None:
+        same = written.encode(PROBE).ids == read.encode(PROBE).ids
+    else:
+        cuts = written.pre_tokenizer.pre_tokenize_str(PROBE)
+        same = read.pre_tokenizer is not None and read.pre_tokenizer.pre_tokenize_str(PROBE) == cuts
+    if not same:
+        raise InputError(
+            f"{file}: transformers reads the tokenizer of this model type by other rules than the file's, so that "
+            "the checkpoint would give other token ids"
+        )
 
 
 def _weight(name: str, tensor: GgufTensor, family: Family, config: dict[str, Any], order: Order | None) -> torch.Tensor:

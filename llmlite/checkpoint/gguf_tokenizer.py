@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,20 +131,7 @@ def _sentencepiece(
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise InputError(f"{where}: has no score for each token (tokenizer.ggml.scores), which SentencePiece needs")
     normal = {text for text, number in vocab.items() if types[number] == NORMAL}
-    merges: list[list[str]] = []
-    last_score, last_text = None, ""
-    for text in sorted(normal, key=lambda t: (-scores[vocab[t]], vocab[t])):
-        ways = [
-            [text[:cut], text[cut:]] for cut in range(1, len(text)) if text[:cut] in normal and text[cut:] in normal
-        ]
-        if ways and scores[vocab[text]] == last_score:
-            raise InputError(
-                f"{where}: the tokens {last_text!r} and {text!r} have the same score, so no list of merges can give "
-                "llama.cpp's ids; a GGUF converted with its tokenizer.model has a score for each"
-            )
-        if ways:
-            last_score, last_text = scores[vocab[text]], text
-        merges += ways
+    merges = _merges(normal, {text: scores[vocab[text]] for text in normal}, where)
     prefix = metadata.get("tokenizer.ggml.add_space_prefix", True)
     to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
@@ -162,6 +150,29 @@ def _sentencepiece(
         "model": _bpe(vocab, merges, unk=None if unknown is None else tokens[unknown], byte_fallback=fallback),
     }
     return spec, True
+
+
+def _merges(normal: set[str], score: dict[str, float], where: str) -> list[list[str]]:
+    """Every way to cut every token in two, the highest score first.
+
+    Among equal scores llama.cpp takes the leftmost pair, and a list of merges has no equals. For runs of one
+    character (Llama 2 scores all its runs of spaces alike) the longest first comes to the same: a run that has
+    begun on the left grows before another begins. Other ties are refused.
+    """
+    ways: dict[str, list[list[str]]] = {}
+    for text in normal:
+        cuts = ([text[:cut], text[cut:]] for cut in range(1, len(text)))
+        pairs = [pair for pair in cuts if pair[0] in normal and pair[1] in normal]
+        if pairs:
+            ways[text] = pairs
+    ordered = sorted(ways, key=lambda text: (-score[text], -len(text), text))
+    for text, after in pairwise(ordered):
+        if score[text] == score[after] and len({*text, *after}) > 1:
+            raise InputError(
+                f"{where}: the tokens {text!r} and {after!r} have the same score, so no list of merges can give "
+                "llama.cpp's ids; a GGUF converted with its tokenizer.model has a score for each"
+            )
+    return [pair for text in ordered for pair in ways[text]]
 
 
 def _bpe(

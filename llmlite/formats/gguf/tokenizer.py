@@ -44,7 +44,7 @@ def describe_tokenizer(directory: Path, config: dict[str, Any]) -> GgufTokenizer
     metadata: dict[str, Value] = {}
     notes = _strip_notes(spec["added_tokens"])
     if byte_level:
-        metadata |= _byte_level(spec, where)
+        metadata |= _byte_level(spec, _own_rules(directory, spec), where)
     else:
         prefix, prefix_notes = _space_prefix(spec, where)
         metadata |= {
@@ -85,13 +85,25 @@ def _is_byte_level(pre_tokenizer: dict[str, Any] | None) -> bool:
     return any(member["type"] == "ByteLevel" for member in members)
 
 
-def _byte_level(spec: dict[str, Any], where: str) -> dict[str, Value]:
-    row = pretokenizers.from_json(spec)
+def _own_rules(directory: Path, read: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer.json as it stands in the directory, or what transformers has made of older files."""
+    file = directory / "tokenizer.json"
+    return json.loads(file.read_text()) if file.is_file() else read
+
+
+def _byte_level(spec: dict[str, Any], own: dict[str, Any], where: str) -> dict[str, Value]:
+    """``spec`` is what transformers reads, ``own`` what the file says: for some model types it has rules of its own."""
+    row, read = pretokenizers.from_json(own), pretokenizers.from_json(spec)
     if row is None:
         known = ", ".join(row.names[0] for row in pretokenizers.PRETOKENIZERS)
         raise InputError(
             f"{where} splits text in a way that has no known name in llama.cpp (known: {known}), so its GGUF would "
             "read text differently; convert a model with one of these"
+        )
+    if read is None or (read.steps, read.ignore_merges) != (row.steps, row.ignore_merges):
+        raise InputError(
+            f"{where} cuts text as {row.names[0]} by its tokenizer.json, and transformers reads it by other rules, "
+            "those of the model type; a GGUF can follow one of them only"
         )
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in spec["model"]["merges"]]
     return {
