@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import logging
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from llmlite.checkpoint.checkpoint import read_config
 from llmlite.errors import InputError, OutsideError
 
-# quant_method of config.json -> the extra that installs what transformers needs for it
-EXTRAS = {"gptq": "gptq", "bitsandbytes": "bnb", "compressed-tensors": "compressed-tensors"}
+# quant_method in config.json -> the extra of this project and the modules of it that transformers needs
+EXTRAS = {
+    "gptq": ("gptq", ("optimum", "gptqmodel")),
+    "bitsandbytes": ("bnb", ("bitsandbytes",)),
+    "compressed-tensors": ("compressed-tensors", ("compressed_tensors",)),
+}
 
 
 def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]:
@@ -26,17 +35,19 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
     transformers.utils.logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
+    _require_packages(path)
     where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
-        )
+        with redirect_stdout(sys.stderr):  # gptqmodel prints a banner and its log on standard output
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                path, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
+            )
     except ImportError as error:
-        raise InputError(f"{path}: {_package_missing(path)} ({_line(error)})") from None
+        raise InputError(f"{path}: a Python package that it needs is missing ({_line(error)})") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise OutsideError(f"{path}: does not fit into memory ({_line(error)})") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: transformers can't load it ({_line(error)})") from None
     model, report = loaded
     if report["missing_keys"]:
@@ -45,12 +56,18 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
     return model.eval(), tokenizer
 
 
-def _package_missing(path: Path) -> str:
-    config = json.loads((path / "config.json").read_text())
-    method = config.get("quantization_config", {}).get("quant_method")
-    if method not in EXTRAS:
-        return "a Python package that it needs is missing"
-    return f"loading a {method} checkpoint needs the extra {EXTRAS[method]!r}, as in pip install '.[{EXTRAS[method]}]'"
+def _require_packages(path: Path) -> None:
+    """`InputError` that names the extra, where transformers itself would end in a NameError (gptq) or less."""
+    method: str = (read_config(path).get("quantization_config") or {}).get("quant_method", "")
+    extra, modules = EXTRAS.get(method, ("", ()))
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise InputError(
+                f"{path}: loading a {method} checkpoint needs the Python package {module}, which is not installed: "
+                f"install llmlite with its extra '{extra}', as in pip install '.[{extra}]'"
+            )
+    # bitsandbytes logs a line per layer and call: that float32 inputs are cast, which its format says already
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def kv_bytes_per_token(model: Any) -> int:

@@ -82,7 +82,7 @@ def _caption(evaluations: Sequence[Evaluation]) -> str | None:
 
 
 def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f}"
+    return f"{count / 1e6:,.1f}"
 
 
 def picture(evaluations: Sequence[Evaluation], path: Path) -> None:
