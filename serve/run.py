@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from pathlib import Path
+from types import FrameType
 
 from llmlite.errors import OutsideError
 from llmlite.extras import need
@@ -13,6 +15,8 @@ from llmlite.serve.settings import ServeSettings
 
 def serve(artifact: str | Path, settings: ServeSettings) -> None:
     """Serve an artifact until SIGTERM or SIGINT; what runs then is finished, what waits is refused with 503.
+
+    A second SIGINT ends at once.
 
     The port is taken (not opened) before the weights are loaded, and opened after: a port in use is an
     `OutsideError` at once, a broken artifact an `InputError` before anyone could connect.
@@ -31,6 +35,11 @@ def serve(artifact: str | Path, settings: ServeSettings) -> None:
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 print(_ready_line(service.name, opened.engine, listener), flush=True)
+
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                """As uvicorn's, but an end that was asked for is no death by signal: the exit status is 0."""
+                self.force_exit = self.should_exit and sig == signal.SIGINT
+                self.should_exit = True
 
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
                 service.scheduler.drain()

@@ -32,7 +32,7 @@ def open_artifact(artifact: str | Path, settings: ServeSettings) -> Opened:
         from llmlite.serve.engines.llama_cpp import LlamaCppEngine
 
         file = location.path
-        name = file.stem if manifest is None or file.name != "model.gguf" else file.resolve().parent.name
+        name = file.stem if manifest is None or file.name != "model.gguf" else file.parent.resolve().name
         return Opened(LlamaCppEngine(file, settings), name, manifest)
     from llmlite.serve.engines.transformers import TransformersEngine
 

@@ -356,7 +356,7 @@ def test_neutral_values_of_what_is_not_served_pass(server):
     neutral = {
         "tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
         "store": False, "service_tier": "auto", "metadata": None, "n": None, "stop": None, "logit_bias": None,
-        "stream": False, "stream_options": None, "user": "me", "safety_identifier": "me", "prompt_cache_key": "k", "seed": None,
+        "stream": False, "stream_options": None, "user": "me", "safety_identifier": "me", "prompt_cache_key": "k",
     }  # fmt: skip
     assert server.chat("say:a", **neutral).json()["choices"][0]["message"]["content"] == "a"
 

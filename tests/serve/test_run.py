@@ -1,0 +1,90 @@
+"""The server as a process: how it starts, how it refuses to, how it ends."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+
+from tests.gguf_models import gguf_of, save_tiny
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = save_tiny("llama", tmp_path_factory.mktemp("served"))
+    gguf_of(directory)
+    return directory
+
+
+def start(*arguments):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments), "--threads", "1"]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_says_one_line_and_finishes_what_runs_on_sigterm(checkpoint):
+    process = start(checkpoint / "f32.gguf", "--port", "0", "--name", "tiny")
+    line = process.stdout.readline().strip()
+    assert line.startswith("tiny on llama.cpp (llama-cpp-python ")
+    assert "context 512 tokens" in line
+    url = line.split(" at ")[1]
+    assert [model["id"] for model in httpx.get(f"{url}/models").json()["data"]] == ["tiny"]
+    body = {"model": "tiny", "prompt": "a", "seed": 1, "stream": True, "logit_bias": {"0": -100, "2": -100}}
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=30) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        process.send_signal(signal.SIGTERM)
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_a_port_in_use_is_one_sentence(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start(checkpoint, "--port", taken.getsockname()[1])
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert err.count("\n") == 1
+    assert "in use" in err
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    "what", ["truncated gguf", "no gguf", "truncated safetensors", "empty", "missing", "long context"]
+)
+def test_a_broken_artifact_is_one_sentence_and_no_port(what, checkpoint, tmp_path):
+    artifact = tmp_path / "artifact"
+    options = []
+    match what:
+        case "truncated gguf":
+            artifact = tmp_path / "model.gguf"
+            artifact.write_bytes((checkpoint / "f32.gguf").read_bytes()[:-5000])
+        case "no gguf":
+            artifact = tmp_path / "model.gguf"
+            artifact.write_bytes(b"GGML" * 100)
+        case "truncated safetensors":
+            artifact.mkdir()
+            for file in checkpoint.glob("*.json"):
+                (artifact / file.name).write_bytes(file.read_bytes())
+            (artifact / "model.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes()[:-5000])
+        case "empty":
+            artifact.mkdir()
+        case "long context":
+            artifact = checkpoint / "f32.gguf"
+            options = ["--context", "513"]
+    process = start(artifact, "--port", "0", *options)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert err.count("\n") == 1, err
+    assert (str(artifact) in err) != bool(options)
+    assert out == ""
