@@ -91,14 +91,17 @@ class Gptq:
         }
 
     def unpack(self, module: str, tensors: Mapping[str, torch.Tensor], grid: IntegerGrid) -> torch.Tensor:
-        """The weight a reader computes with, float32 [out, in]: the product is rounded to the model's dtype."""
+        """The weight a reader computes with, float32 [out, in].
+
+        GPTQModel 7.7 multiplies in float16 whatever dtype the model is loaded in, then casts to it.
+        """
         scales = tensors[f"{module}.scales"]
         index = tensors[f"{module}.g_idx"].long()
         out = scales.shape[1]
         codes = unpack_int32(tensors[f"{module}.qweight"].T, grid.bits, len(index))
         zeros = unpack_int32(tensors[f"{module}.qzeros"], grid.bits, out) + _zero_shift(grid)
         steps = codes.T.to(torch.int16) - zeros[index].to(torch.int16)
-        weight = scales.to(self.dtype)[index] * steps.to(self.dtype)
+        weight = (scales[index] * steps).to(self.dtype)
         return weight.T.float().contiguous()
 
     def config(self, grid: IntegerGrid, ignored: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, object]:
@@ -117,6 +120,10 @@ class Gptq:
             "pack_dtype": "int32",
             "lm_head": False,
         }
+        if grid.bits == 4 and grid.group in (None, 16):
+            # Left to itself GPTQModel 7.7 takes, on CPUs, a kernel that refuses these groups or, where the width is
+            # 32, 64, 128 or 256, ignores their zero points (logits off by 118%). The portable one reads all.
+            config["backend"] = "torch"
         if any(module != "lm_head" for module in ignored):
             if not quantized:
                 raise ValueError("modules inside the layers stay in 16 bits, so the quantized ones must be named")

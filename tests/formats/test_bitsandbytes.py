@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import linears, read_elsewhere, reference_logits, relative_difference, tiny_model, write_artifact
 
+from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import BitsAndBytes
+from tests.formats.tiny_models import (
+    linears,
+    read_elsewhere,
+    reference_logits,
+    relative_difference,
+    tiny_model,
+    write_artifact,
+)
 
 pytest.importorskip("bitsandbytes")
 
@@ -42,7 +50,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     out = {}
     for case in CASES:
         model = tiny_model(case.model_type, case.form.dtype)
-        layout, tensors, weights = {}, {}, {}
+        layout: dict[str, TensorSpec] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         for name, module in linears(model).items():
             weights[name] = module.weight.float()
             if name != case.left:

@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import (
+
+from llmlite.checkpoint.safetensors_writer import TensorSpec
+from llmlite.formats.compressed_tensors import PackQuantized
+from llmlite.quantize.types import IntegerGrid
+from tests.formats.tiny_models import (
     linears,
     read_elsewhere,
     reference_logits,
@@ -16,9 +20,6 @@ from tiny_models import (
     tiny_model,
     write_artifact,
 )
-
-from llmlite.formats.compressed_tensors import PackQuantized
-from llmlite.quantize.types import IntegerGrid
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -52,7 +53,9 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     for case in CASES:
         model = tiny_model(case.model_type, case.dtype)
         form = PackQuantized(case.dtype)
-        layout, tensors, weights = {}, {}, {}
+        layout: dict[str, TensorSpec] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         for name, module in linears(model).items():
             if name == case.left:
                 weights[name] = module.weight.float()

@@ -20,7 +20,7 @@ IDS = [[(7 * i * i + 3 * i + 1) % 256 for i in range(48)]]
 # Loads each directory named on the command line and leaves logits.npy, or error.txt, in it; of bitsandbytes also
 # dequantized.npy: the logits of the plain layers that transformers' own dequantize() makes of them.
 READER = f"""
-import importlib.abc, sys, traceback
+import importlib.abc, json, sys, traceback
 
 class Refuse(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -46,7 +46,8 @@ for directory in sys.argv[1:]:
     try:
         model = load(directory)
         save_logits(model, directory + "/logits.npy")
-        if model.config.quantization_config.quant_method == "bitsandbytes":
+        config = json.load(open(directory + "/config.json"))
+        if config["quantization_config"]["quant_method"] == "bitsandbytes":
             save_logits(load(directory).dequantize(model.dtype), directory + "/dequantized.npy")
     except Exception:
         with open(directory + "/error.txt", "w") as file:
@@ -150,7 +151,6 @@ def read_elsewhere(directories: Sequence[Path]) -> None:
         text=True,
         timeout=300,
     )
-    print(done.stderr)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
