@@ -83,6 +83,8 @@ def sentencepiece_tokenizer(prefix: bool) -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", *SPECIAL)])
     tokenizer.add_tokens([AddedToken("<table>", special=False, normalized=False)])
+    if not prefix:  # Gemma has runs of spaces among its added tokens
+        tokenizer.add_tokens([AddedToken("▁▁▁", special=False, normalized=True)])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", vocab["<|im_start|>"])]
     )

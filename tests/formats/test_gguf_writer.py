@@ -32,7 +32,7 @@ def test_reader_sees_what_was_written(tmp_path):
     for tensor in reader.tensors:
         kind, shape = LAYOUT[tensor.name]
         assert list(reversed(tensor.shape.tolist())) == list(shape)
-        stored = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).reshape(shape)
+        stored = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type)).reshape(shape)
         wanted = tensors[tensor.name]
         assert torch.equal(stored, wanted.half().float() if kind == "f16" else wanted)
 
