@@ -14,7 +14,7 @@ from llmlite.evals.hf import load_transformers
 from llmlite.evals.llama import Llama, LlamaSettings, library
 from llmlite.evals.locate import find
 
-ROWS = 128  # positions of one chunk: at a vocabulary of 262,144 a chunk of float32 takes 134 MB
+ROWS = 64  # positions of one chunk: at a vocabulary of 262,144 a chunk of float32 takes 67 MB
 LOGITS_BYTES = 256 << 20  # most bytes of logits that llama.cpp holds for one decode
 
 
@@ -108,7 +108,8 @@ class TransformersEngine:
         ids = torch.arange(8, device=self.model.device)[None] % self.vocab_size
         own = self.model(input_ids=ids, use_cache=False).logits[0].float()
         chunked = self._logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-        if not torch.allclose(own, chunked, rtol=1e-2, atol=1e-2 * float(own.abs().max()), equal_nan=True):
+        finite = bool(torch.isfinite(own).all())  # what is not shows in the scores, and has another reason
+        if finite and not torch.allclose(own, chunked, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             kind = self.model.config.model_type
             raise InputError(
                 f"{self.path}: the output head of {kind!r} is more than a product and a soft cap: unknown here"

@@ -20,6 +20,7 @@ from llmlite.evals.size import Size, measure_size
 from llmlite.evals.speed import Speed
 from llmlite.evals.texts import Text, read_texts
 
+GGUF_NAME = "model.gguf"  # what an artifact directory calls its weights
 ProtocolName = Literal["llama.cpp", "paper"]
 
 
@@ -50,7 +51,7 @@ class EvalSettings:
         if self.base is not None and not self.text:
             raise InputError("a base without a text: name a text with --text to measure the divergence on")
         for name, value, least in (
-            ("window", self.window, 4), ("windows", self.windows, 1), ("threads", self.threads, 1),
+            ("window", self.window, 8), ("windows", self.windows, 1), ("threads", self.threads, 1),
         ):  # fmt: skip
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; {least} or more is right")
@@ -58,7 +59,7 @@ class EvalSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured of one artifact. ``scores`` has a text and what it gave per name; unmeasured is None."""
+    """Everything measured of one artifact. ``scores`` has what each text gave, by its name; unmeasured is None."""
 
     artifact: str
     base: str | None
@@ -67,7 +68,7 @@ class Evaluation:
     size: Size
     protocol: str
     window: int
-    scores: dict[str, tuple[Text, Score]]
+    scores: dict[str, Score]
     memory: Memory | None
     speed: Speed | None
 
@@ -87,7 +88,7 @@ class Evaluation:
         }
         if self.scores:
             out["protocol"] = {"name": self.protocol, "window": self.window}
-            out["texts"] = {name: _text_json(text, scored) for name, (text, scored) in self.scores.items()}
+            out["texts"] = {name: _score_json(scored) for name, scored in self.scores.items()}
         if self.base is not None:
             out["base"] = self.base
         if self.memory is not None:
@@ -97,11 +98,8 @@ class Evaluation:
         return out
 
 
-def _text_json(text: Text, scored: Score) -> dict:
-    out = {"sha256": text.digest, "perplexity": dataclasses.asdict(scored.perplexity)}
-    if scored.divergence is not None:
-        out["divergence"] = dataclasses.asdict(scored.divergence)
-    return out
+def _score_json(scored: Score) -> dict:
+    return {key: value for key, value in dataclasses.asdict(scored).items() if value is not None}
 
 
 def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
@@ -114,6 +112,8 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     texts = read_texts(settings.text)
     windows = Windows(PROTOCOLS[settings.protocol], settings.window, settings.windows)
     location = find(artifact)
+    if settings.base is not None:
+        find(settings.base)
     size = measure_size(location)
     memory, speed = None, None
     if settings.memory or settings.speed:
@@ -132,9 +132,7 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     )
 
 
-def _scores(
-    artifact: str | Path, settings: EvalSettings, texts: list[Text], windows: Windows
-) -> dict[str, tuple[Text, Score]]:
+def _scores(artifact: str | Path, settings: EvalSettings, texts: list[Text], windows: Windows) -> dict[str, Score]:
     with ExitStack() as opened:
         engine = open_engine(artifact, threads=settings.threads, context=windows.length)
         opened.callback(engine.close)
@@ -142,18 +140,23 @@ def _scores(
         if settings.base is not None:
             base = open_engine(settings.base, threads=settings.threads, context=windows.length)
             opened.callback(base.close)
-        return {text.name: (text, score(engine, base, text, windows)) for text in texts}
+        return {text.name: score(engine, base, text, windows) for text in texts}
 
 
 def save_in_manifest(artifact: str | Path, evaluation: Evaluation) -> bool:
     """Keep the figures in the artifact's llmlite.json, under ``evals`` and the protocol's name, in a single step.
 
-    An earlier evaluation by the same protocol is replaced. False where there is no llmlite.json to keep them in.
+    Earlier figures by the same protocol are replaced as far as they were measured again. False where there is no
+    llmlite.json that describes these weights.
     """
-    directory = find(artifact).directory
-    manifest = read_manifest(directory)
-    if manifest is None:
+    location = find(artifact)
+    manifest = read_manifest(location.directory)
+    if manifest is None or (location.engine == "llama.cpp" and location.path.name != GGUF_NAME):
         return False
-    evals = {**manifest.get("evals", {}), evaluation.protocol: evaluation.to_json()}
-    write_manifest(directory, {**manifest, "evals": evals})
+    evals = manifest.get("evals", {})
+    before = evals.get(evaluation.protocol, {})
+    if evaluation.scores:  # a score belongs to the base and the window it was measured with
+        before = {key: before[key] for key in ("memory", "speed") if key in before}
+    merged = {**before, **evaluation.to_json()}
+    write_manifest(location.directory, {**manifest, "evals": {**evals, evaluation.protocol: merged}})
     return True

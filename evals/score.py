@@ -18,8 +18,9 @@ from llmlite.progress import track
 
 @dataclass(frozen=True)
 class Score:
-    """What one text gave; ``divergence`` is None without a base."""
+    """What one text gave; ``sha256`` is the text's; ``divergence`` is None without a base."""
 
+    sha256: str
     perplexity: Perplexity
     divergence: Divergence | None
 
@@ -60,7 +61,7 @@ def score(engine: Engine, base: Engine | None, text: Text, windows: Windows) -> 
     losses = np.concatenate(nll)
     _refuse_nonsense(losses, engine)
     apart = divergence(np.concatenate(kl), np.concatenate(same), common) if base is not None else None
-    return Score(perplexity(losses, len(rows)), apart)
+    return Score(text.digest, perplexity(losses, len(rows)), apart)
 
 
 def _chunks(

@@ -56,7 +56,7 @@ def _rows(evaluation: Evaluation) -> list[tuple[str, ...]]:
         f"{speed.prompt_tps:.0f}" if speed else ABSENT,
         f"{speed.generate_tps:.1f}" if speed else ABSENT,
     )
-    scores = [(name, _figures(scored)) for name, (_, scored) in evaluation.scores.items()]
+    scores = [(name, _figures(scored)) for name, scored in evaluation.scores.items()]
     return [(*head, name, *figures, *tail) for name, figures in scores or [(ABSENT, (ABSENT,) * 4)]]
 
 
@@ -76,7 +76,7 @@ def _caption(evaluations: Sequence[Evaluation]) -> str | None:
         f"{name}: protocol {evaluation.protocol}, {scored.perplexity.windows} windows of {evaluation.window} tokens, "
         f"{scored.perplexity.tokens:,} scored"
         for evaluation in evaluations
-        for name, (_, scored) in evaluation.scores.items()
+        for name, scored in evaluation.scores.items()
     )
     return "\n".join(said) or None
 
@@ -89,7 +89,7 @@ def picture(evaluations: Sequence[Evaluation], path: Path) -> None:
     """A PNG: mean KL divergence and perplexity on the first text against bytes on disk, a point per artifact."""
     from matplotlib.figure import Figure
 
-    scored = [(e, next(iter(e.scores.values()))[1]) for e in evaluations if e.scores]
+    scored = [(e, next(iter(e.scores.values()))) for e in evaluations if e.scores]
     apart = [(e.size.bytes / 1e6, s.divergence.mean_kl, e) for e, s in scored if s.divergence is not None]
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)

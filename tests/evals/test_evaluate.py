@@ -1,6 +1,7 @@
 """An artifact judged as a whole: size, memory, speed, the JSON that scripts read, and the table."""
 
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from llmlite.evals.llama import Llama, LlamaSettings
 from llmlite.evals.locate import find
 from llmlite.evals.probe import probe
 from llmlite.evals.size import measure_size
-from llmlite.evals.speed import ANSWER_TOKENS, PROMPT_TOKENS, measure_speed
+from llmlite.evals.speed import ANSWER_TOKENS, PROMPT_TOKENS, Speed, measure_speed
 from llmlite.evals.table import picture, table
 from tests import gguf_models
 from tests.tiny import save_tiny
@@ -151,9 +152,25 @@ def test_figures_are_kept_in_the_manifest(evaluation, tmp_path, tiny):
     write_manifest(tmp_path, {"kind": "artifact", "evals": {"paper": {"kept": True}}})
     assert save_in_manifest(tmp_path, evaluation)
     manifest = read_manifest(tmp_path)
-    assert manifest is not None
     assert manifest["kind"] == "artifact"
     assert manifest["evals"] == {"paper": {"kept": True}, "llama.cpp": evaluation.to_json()}
+
+    speed = Speed(prompt_tps=10.0, generate_tps=2.0, first_token_s=51.2)
+    save_in_manifest(tmp_path, replace(evaluation, scores={}, base=None, speed=speed))
+    later = read_manifest(tmp_path)["evals"]["llama.cpp"]
+    assert later == {**evaluation.to_json(), "speed": asdict(speed)}, "speed alone leaves the scores as they are"
+    save_in_manifest(tmp_path, replace(evaluation, base=None))
+    later = read_manifest(tmp_path)["evals"]["llama.cpp"]
+    assert "base" not in later, "new scores without a base do not keep the old base"
+    assert later["speed"] == asdict(speed)
+
+
+def test_another_gguf_beside_a_manifest_is_not_written_down(evaluation, gguf, tmp_path):
+    (tmp_path / "other.gguf").write_bytes(gguf.read_bytes())
+    write_manifest(tmp_path, {"kind": "artifact", "evals": {}})
+    assert not save_in_manifest(tmp_path / "other.gguf", evaluation)
+    (tmp_path / "other.gguf").rename(tmp_path / "model.gguf")
+    assert save_in_manifest(tmp_path / "model.gguf", evaluation)
 
 
 def test_table_and_picture_show_what_was_measured(evaluation, tmp_path):
@@ -170,7 +187,7 @@ def test_table_and_picture_show_what_was_measured(evaluation, tmp_path):
         ({"protocol": "sliding"}, "'sliding' is unknown; known are llama.cpp, paper"),
         ({"base": "somewhere"}, "a base without a text"),
         ({"windows": 0}, "windows is 0; 1 or more is right"),
-        ({"window": 1}, "window is 1; 4 or more is right"),
+        ({"window": 1}, "window is 1; 8 or more is right"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny, settings, sentence):
