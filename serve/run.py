@@ -16,24 +16,27 @@ from llmlite.serve.settings import ServeSettings
 def serve(artifact: str | Path, settings: ServeSettings) -> None:
     """Serve an artifact until SIGTERM or SIGINT; what runs then is finished, what waits is refused with 503.
 
-    A second SIGINT ends at once.
-
-    The port is taken (not opened) before the weights are loaded, and opened after: a port in use is an
-    `OutsideError` at once, a broken artifact an `InputError` before anyone could connect.
+    A second SIGINT ends at once. The port is taken (not opened) before the weights are loaded, and opened after: a
+    port in use is an `OutsideError` at once, a broken artifact an `InputError` before anyone could connect.
     """
     uvicorn = need("serve", "uvicorn")
     need("serve", "fastapi")
     from llmlite.serve.app import create_app
     from llmlite.serve.engines import open_artifact
 
-    with _bind(settings.host, settings.port) as listener:
+    with _bind(settings) as listener:
         opened = open_artifact(artifact, settings)
         app = create_app(opened.engine, settings, opened.name, opened.manifest)
         service = app.state.service
 
         class Server(uvicorn.Server):  # type: ignore[name-defined, misc]
+            should_exit: bool
+
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
+                try:
+                    await super().startup(sockets)
+                except OSError as error:  # another process, bound like this one, was first to listen
+                    raise _not_listening(settings, error) from None
                 print(_ready_line(service.name, opened.engine, listener), flush=True)
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -49,15 +52,20 @@ def serve(artifact: str | Path, settings: ServeSettings) -> None:
         Server(config).run(sockets=[listener])
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def _bind(settings: ServeSettings) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = found[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise OutsideError(f"can't listen on {host} port {port}: {error.strerror or error}") from None
+        raise _not_listening(settings, error) from None
     return listener
+
+
+def _not_listening(settings: ServeSettings, error: OSError) -> OutsideError:
+    return OutsideError(f"can't listen on {settings.host} port {settings.port}: {error.strerror or error}")
 
 
 def _ready_line(name: str, engine: Engine, listener: socket.socket) -> str:

@@ -108,7 +108,7 @@ def test_greedy_chat_equals_generate(case):
         assert answer.usage.completion_tokens == len(wanted)
     else:  # up to the first token that was nearly a tie, which the float16 cache may decide the other way
         best = np.sort(tiny.logprobs(ids + wanted)[len(ids) - 1 : -1])
-        ties = np.flatnonzero(best[:, -1] - best[:, -2] < 0.05)
+        ties = np.flatnonzero(best[:, -1] - best[:, -2] < 0.01)
         wanted = wanted[: ties[0]] if len(ties) else wanted
         assert len(wanted) > 5
     engine = server.service.engine
