@@ -114,8 +114,8 @@ class Vocabulary:
 
     def token_bytes(self, token: int, special: bool) -> bytes:
         added = self._added.get(token)
-        if added is not None:
-            return added.content.encode() if special or not added.special else b""
+        if added is not None and added.special:
+            return added.content.encode() if special else b""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # the embedding has more rows than the tokenizer has tokens
             return b""

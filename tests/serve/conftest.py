@@ -16,6 +16,7 @@ openai = pytest.importorskip("openai")
 
 from llmlite.serve.app import create_app  # noqa: E402
 from llmlite.serve.settings import ServeSettings  # noqa: E402
+from tests.serve.scripted_engine import ScriptedEngine  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Running:
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
     def wait(self, condition, seconds=5):
-        """Poll /health-like conditions: True as soon as one holds, False after ``seconds``."""
+        """True as soon as the condition holds, False if it has not after ``seconds``."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if condition():
@@ -77,7 +78,22 @@ def running(engine, manifest=None, **settings):
         thread.join()
 
 
-@pytest.fixture
-def serve():
-    """``with serve(engine, **settings) as server``."""
-    return running
+@pytest.fixture(scope="module")
+def server():
+    """A scripted engine behind a server."""
+    manifest = {"format": "gguf:q4_0", "base": {"source": "x"}, "evals": {"perplexity": 12.5}}
+    with running(ScriptedEngine(), manifest) as server:
+        yield server
+
+
+def error_of(answer, status, param=None, code=None):
+    """Checks that an answer is an error object and returns its message."""
+    assert answer.status_code == status, answer.text
+    assert set(answer.json()) == {"error"}
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param, error
+    assert code is None or error["code"] == code, error
+    assert error["type"]
+    assert "Traceback" not in answer.text
+    return error["message"]

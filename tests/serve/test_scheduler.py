@@ -186,13 +186,14 @@ def test_draining_finishes_requests_that_began_and_refuses_the_rest(start):
 
 
 def test_stopping_ends_the_thread_and_tells_who_waits():
+    before = threading.active_count()
     scheduler = Scheduler(ScriptedEngine(), 8)
     scheduler.start()
     client = Client(scheduler, "slow say:" + "x" * 1000, max_tokens=1000)
     client.events[0].get(timeout=5)
     scheduler.stop()
     assert isinstance(client.result(), ShuttingDown)
-    assert "engine" not in [thread.name for thread in threading.enumerate()]
+    assert threading.active_count() == before
 
 
 def test_pings_are_answered_while_a_sequence_runs(start):
