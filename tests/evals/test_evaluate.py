@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmlite.checkpoint.artifact import read_manifest, write_manifest
+from llmlite.checkpoint.gguf_header import read_gguf
 from llmlite.errors import InputError, OutsideError
 from llmlite.evals.evaluate import EvalSettings, Evaluation, evaluate, save_in_manifest
 from llmlite.evals.hf import kv_bytes_per_token, load_transformers
@@ -62,6 +63,13 @@ def test_size_counts_every_tensor_and_each_parameter_once(tiny, gguf):
     assert size.parameters == parameters
     assert size.bits_per_weight == pytest.approx((16 * parameters + 16 * norms) / parameters)
     assert size.bytes == gguf.stat().st_size > size.tensor_bytes
+
+
+def test_constants_in_a_gguf_file_are_no_parameters(tmp_path):
+    pytest.importorskip("llama_cpp")
+    file = gguf_models.gguf_of(gguf_models.save_tiny("llama3", tmp_path))
+    assert "rope_freqs.weight" in read_gguf(file).tensors, "the test needs a file with constants"
+    assert measure_size(find(file)).parameters == measure_size(find(tmp_path)).parameters
 
 
 def test_kv_bytes_are_what_the_caches_take(tiny, gguf):
