@@ -113,8 +113,12 @@ def _add_eval(verbs: Any) -> None:
     from llmlite.evals.evaluate import EvalSettings
 
     parser = _verb(verbs, "eval", _eval, "measure an artifact, alone or against its base", EvalSettings)
-    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory, a GGUF file or a hub id")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw divergence and perplexity against size")
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory, a GGUF file or a hub id"
+    )
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="also draw divergence and perplexity against size"
+    )
     _json(parser)
 
 
@@ -138,7 +142,9 @@ def _add_serve(verbs: Any) -> None:
     from llmlite.serve.settings import ServeSettings
 
     parser = _verb(verbs, "serve", _serve, "serve an artifact over an OpenAI-compatible HTTP API", ServeSettings)
-    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory, a GGUF file or a hub id")
+    parser.add_argument(
+        "artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory, a GGUF file or a hub id"
+    )
 
 
 def _serve(given: argparse.Namespace) -> int:

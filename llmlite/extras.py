@@ -14,6 +14,6 @@ def need(extra: str, module: str) -> ModuleType:
         if error.name is None or error.name.split(".")[0] != module.split(".")[0]:
             raise
         raise InputError(
-            f"this needs the Python package {module}, which is not installed: install llmlite with its extra '{extra}', "
-            f"as in pip install '.[{extra}]'"
+            f"this needs the Python package {module}, which is not installed: "
+            f"install llmlite with its extra '{extra}', as in pip install '.[{extra}]'"
         ) from None

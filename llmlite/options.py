@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import types
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,7 +19,7 @@ Settings = TypeVar("Settings")
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one sentence instead of printing the usage."""
 
-    def error(self, message: str) -> Any:  # noqa: D102
+    def error(self, message: str) -> Any:
         raise InputError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
@@ -114,5 +113,3 @@ def _element(hint: Any) -> type:
     if get_origin(hint) in (Union, types.UnionType):
         return _element(next(kind for kind in get_args(hint) if kind is not type(None)))
     return hint
-
-

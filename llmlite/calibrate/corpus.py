@@ -34,10 +34,11 @@ class Corpus:
     sha256: str
 
 
-def default_corpora() -> list[Corpus]:
-    """The small mix of web text and chats that comes with the package."""
+def default_corpora(chat: bool = True) -> list[Corpus]:
+    """The small mix of web text and chats that comes with the package; without ``chat`` the web text alone."""
     folder = files("llmlite.calibrate") / "data"
-    return [_corpus(f"default:{name}", _parse(name, (folder / name).read_text(encoding="utf-8"))) for name in DEFAULT]
+    names = [name for name in DEFAULT if chat or name != "chat.jsonl"]
+    return [_corpus(f"default:{name}", _parse(name, (folder / name).read_text(encoding="utf-8"))) for name in names]
 
 
 def read_corpus(source: str) -> Corpus:

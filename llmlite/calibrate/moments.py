@@ -21,6 +21,7 @@ def collect_moments(module: torch.nn.Module, family: Family) -> Iterator[dict[st
     handles = []
     for stage in family.stages:
         linear = module.get_submodule(stage[0])
+        assert isinstance(linear, torch.nn.Linear)
         sums[stage[0]] = total = _Sum(linear.in_features, linear.weight.device)
         handles.append(linear.register_forward_pre_hook(total.add))
     out: dict[str, Moments] = {}

@@ -25,13 +25,18 @@ def token_rows(corpora: list[Corpus], tokenizer: Any, tokens: int, length: int, 
 
     Rows are cut at random places from a corpus's documents put one behind the other, each with the special
     tokens that the tokenizer gives a text, and chats through its template; none overlaps another. A corpus too
-    short for its share gives what it has. Raises `InputError` where there is not one full row.
+    short for its share gives what it has. Raises `InputError` where there is not one full row, and for chats where
+    the tokenizer has no chat template.
     """
     wanted = max(tokens // length, 1)
     parts: list[np.ndarray] = []
     sources = []
     for number, corpus in enumerate(corpora):
         share = wanted // len(corpora) + (number < wanted % len(corpora))
+        if tokenizer.chat_template is None and any(d.messages for d in corpus.documents):
+            raise InputError(
+                f"{corpus.source}: holds chats and the model's tokenizer has no chat template; give plain text instead"
+            )
         rows = _cut(corpus, tokenizer, share, length, random.Random(f"{seed}:{number}"))
         parts.append(rows)
         sources.append({"source": corpus.source, "sha256": corpus.sha256, "rows": len(rows), "tokens": rows.size})
@@ -59,7 +64,4 @@ def encode(document: Document, tokenizer: Any) -> list[int]:
     """Token ids of a document: text with the tokenizer's special tokens, a chat through its template."""
     if document.messages is None:
         return tokenizer(document.text, verbose=False).input_ids
-    if tokenizer.chat_template is None:
-        text = "\n\n".join(message["content"] for message in document.messages)
-        return tokenizer(text, verbose=False).input_ids
     return tokenizer.apply_chat_template(list(document.messages), tokenize=True, return_dict=False)

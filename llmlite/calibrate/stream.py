@@ -20,11 +20,11 @@ class Activations:
     def __init__(self, file: Path, shape: tuple[int, int, int]):
         self.file, self.shape = file, shape
         self._row_bytes = shape[1] * shape[2] * 4
-        self._handle = open(file, "w+b", buffering=0)  # noqa: SIM115: closed by remove()
+        self._handle = open(file, "w+b", buffering=0)  # noqa: SIM115 - closed by remove()
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Put rows [n, length, width] at ``start``."""
-        data = memoryview(rows.float().cpu().contiguous().numpy()).cast("B")
+        data = rows.float().cpu().contiguous().numpy().data.cast("B")
         self._handle.seek(start * self._row_bytes)
         done = 0
         while done < len(data):
@@ -35,7 +35,7 @@ class Activations:
         count = min(count, self.shape[0] - start)
         out = np.empty((count, *self.shape[1:]), dtype=np.float32)
         self._handle.seek(start * self._row_bytes)
-        view = memoryview(out).cast("B")
+        view = out.data.cast("B")
         done = 0
         while done < len(view):
             got = self._handle.readinto(view[done:])
@@ -121,7 +121,9 @@ class LayerStream:
         module = self._layers[number]
         prefix = f"{LAYER}{number}."
         state = {name.removeprefix(prefix): self._cast(name) for name in self.checkpoint.layer_tensors(number)}
-        module.load_state_dict({k: v for k, v in state.items() if not k.endswith("inv_freq")}, strict=False, assign=True)
+        module.load_state_dict(
+            {k: v for k, v in state.items() if not k.endswith("inv_freq")}, strict=False, assign=True
+        )
         try:
             yield module
         finally:

@@ -38,8 +38,8 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """The head is the embedding."""
-        return HEAD not in self.tensors
+        """The head is the embedding, whether or not a copy of it is stored."""
+        return bool(self.config.get("tie_word_embeddings", HEAD not in self.tensors))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -85,7 +85,12 @@ def locate(model: str, revision: str | None = None) -> Path:
     if looks_local:
         raise InputError(f"{model}: no such directory; a checkpoint directory or a hub id like owner/name is right")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
@@ -126,7 +131,9 @@ def _check_against_config(checkpoint: Checkpoint) -> None:
                 f"config.json implies {list(shape)}"
             )
         if tensors[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise InputError(f"{checkpoint.source}: tensor {name!r} is {tensors[name].dtype}; 16 or 32 bit floats are right")
+            raise InputError(
+                f"{checkpoint.source}: tensor {name!r} is {tensors[name].dtype}; 16 or 32 bit floats are right"
+            )
     for name in tensors.keys() - wanted.keys():
         if not name.endswith(("rotary_emb.inv_freq", "lm_head.weight")):
             raise InputError(f"{checkpoint.source}: tensor {name!r} is not part of a {checkpoint.family.name} model")
@@ -141,7 +148,9 @@ def expected_shapes(config: dict, family: Family, where: str) -> dict[str, tuple
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(parsed)
     except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(f"{where}: config.json does not describe a {family.name} model ({_first_line(error)})") from None
+        raise InputError(
+            f"{where}: config.json does not describe a {family.name} model ({_first_line(error)})"
+        ) from None
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     required = {EMBEDDING, FINAL_NORM}
     assert required <= shapes.keys(), f"{family.name}: unexpected parameter names {list(shapes)[:5]}"

@@ -47,7 +47,7 @@ class TensorEntry:
         out = torch.empty(self.shape, dtype=self.dtype)
         if self.nbytes == 0:
             return out
-        view = memoryview(out.reshape(-1).view(torch.uint8).numpy())
+        view = out.reshape(-1).view(torch.uint8).numpy().data
         with open(self.file, "rb", buffering=0) as source:
             source.seek(self.start)
             done = 0
@@ -161,7 +161,9 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
         if name not in entries:
             raise InputError(f"{index_file}: names tensor {name!r}, which {shard} does not have")
         if entries[name].file.name != shard:
-            raise InputError(f"{index_file}: says tensor {name!r} lies in {shard}; it lies in {entries[name].file.name}")
+            raise InputError(
+                f"{index_file}: says tensor {name!r} lies in {shard}; it lies in {entries[name].file.name}"
+            )
     return entries
 
 

@@ -46,14 +46,14 @@ class SafetensorsWriter:
         names = _shard_names(len(shards))
         for number, (file_name, members) in enumerate(zip(names, shards, strict=True)):
             header, data_start = _header(members, self.layout)
-            file = open(directory / file_name, "wb", buffering=0)  # noqa: SIM115: closed in close()
+            file = open(directory / file_name, "wb", buffering=0)  # noqa: SIM115 - closed in close()
             self._files.append(file)
             file.write(header)
             position = data_start
             for name in members:
                 self._place[name] = (number, position)
                 position += self.layout[name].nbytes
-            file.truncate(position)
+            os.posix_fallocate(file.fileno(), 0, position)  # a disk that is too small says so now
         if len(shards) > 1:
             weight_map = {name: names[self._place[name][0]] for name in self.layout}
             total = sum(spec.nbytes for spec in self.layout.values())
@@ -70,7 +70,7 @@ class SafetensorsWriter:
         if name not in self._left:
             raise ValueError(f"tensor {name!r} is written twice")
         shard, position = self._place[name]
-        data = memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         file = self._files[shard]
         file.seek(position)
         done = 0

@@ -15,7 +15,8 @@ GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
 BNB_TYPES = ("nf4", "int8")
 FORMATS = {
     "gguf": f"one of {', '.join(GGUF_TYPES)}",
-    "gptq": "w4g128 or alike: 2, 3, 4 or 8 bits, a group size (none: one scale per output channel), -asym for zero points",
+    "gptq": "w4g128 or alike: 2, 3, 4 or 8 bits, a group size (none: one scale per output channel), "
+    "-asym for zero points",
     "compressed-tensors": "w4a16g128 or alike: 4 or 8 bits, a group size (none: one scale per output channel), "
     "-asym for zero points",
     "bnb": "nf4 or int8",

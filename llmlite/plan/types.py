@@ -20,11 +20,16 @@ from llmlite.quantize.types import IntegerGrid
 class TypeTable(Protocol):
     """The types of one target: of the linear layers, the head (or an embedding tied to it), the embedding, the rest."""
 
-    linear: str
-    head: str
-    embedding: str
-    rounded: frozenset[str]
-    bits: int | None
+    @property
+    def linear(self) -> str: ...
+    @property
+    def head(self) -> str: ...
+    @property
+    def embedding(self) -> str: ...
+    @property
+    def rounded(self) -> frozenset[str]: ...
+    @property
+    def bits(self) -> int | None: ...
 
     def other(self, shape: tuple[int, ...]) -> str: ...
     def refusal(self, kind: str, shape: tuple[int, ...]) -> str | None: ...
@@ -116,7 +121,9 @@ def type_table(target: Target, dtype: torch.dtype, act_order: str) -> GgufTypes 
     if target.format == "gguf":
         return GgufTypes(target.type)
     if target.format == "bnb":
-        return SafetensorsTypes(target.type, BitsAndBytes(target.type, dtype), dtype, None)
+        return SafetensorsTypes(
+            target.type, BitsAndBytes("nf4" if target.type == "nf4" else "int8", dtype), dtype, None
+        )
     packed: PackQuantized | Gptq
     packed = Gptq(dtype, act_order == "group") if target.format == "gptq" else PackQuantized(dtype)
     return SafetensorsTypes(target.type, packed, dtype, target.grid(packed.scale_dtype))

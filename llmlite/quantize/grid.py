@@ -72,9 +72,7 @@ def _weighted_error(
     return rest.square_().mul_(importance).sum(-1)
 
 
-def codes_of(
-    weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, grid: IntegerGrid
-) -> torch.Tensor:
+def codes_of(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, grid: IntegerGrid) -> torch.Tensor:
     """The nearest code of each weight, as whole numbers in float32; scale and offset broadcast against it."""
     if grid.zero == "minimum":
         assert offset is not None

@@ -14,7 +14,7 @@ def share_on_low_bit_grid(weight: torch.Tensor) -> float:
     ``weight`` float [out, in]. Next to 0 for a trained weight, even in bfloat16; next to 1 for one that was
     dequantized from 4 bits or fewer with any group size that 16 divides. Runs of zeros do not count.
     """
-    rows, width = weight.shape
+    width = weight.shape[1]
     runs = weight[:, : width - width % GROUP].reshape(-1, GROUP)
     runs = runs[runs.abs().amax(-1) > 0]
     if not len(runs):

@@ -7,7 +7,6 @@ import torch
 from llmlite.quantize.grid import codes_of, fit
 from llmlite.quantize.types import IntegerGrid, Moments, Rounded
 
-
 PIECE = 2**24  # weights rounded at a time: a large head needs no more than its codes
 
 

@@ -24,7 +24,7 @@ class ImportSettings:
     reorder: int | None = field(
         default=None,
         metadata={
-            "help": "seed: reorder the channels at random, exactly, so that weights which were rounded to a low-bit grid "
+            "help": "seed: reorder the channels at random, exactly, so that weights which lay on a low-bit grid "
             "leave it and rounding them again shows its true cost (the network computes the same function)"
         },
     )

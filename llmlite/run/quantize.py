@@ -22,6 +22,7 @@ from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.gguf_import import import_gguf
 from llmlite.errors import InputError
+from llmlite.memory import give_freed_memory_back, keep_heap_small
 from llmlite.plan.plan import Plan, PlanRow, SolverName, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
@@ -39,7 +40,9 @@ BATCH_TOKENS = 2048
 class QuantizeSettings:
     """What `quantize` can be told."""
 
-    to: str = field(metadata={"help": "FORMAT:TYPE, as in gguf:q4_0, gptq:w4g128, compressed-tensors:w4a16g64, bnb:nf4"})
+    to: str = field(
+        metadata={"help": "FORMAT:TYPE, as in gguf:q4_0, gptq:w4g128, compressed-tensors:w4a16g64, bnb:nf4"}
+    )
     solver: SolverName = field(
         default="auto",
         metadata={"help": "rtn rounds to nearest, gptq with error feedback; auto: gptq below 8 bits, else rtn"},
@@ -63,12 +66,17 @@ class QuantizeSettings:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written: the artifact's directory, its plan, and each rounded tensor's relative weighted error."""
+    """What was written: the artifact's directory, its plan, and each rounded tensor's relative weighted error.
+
+    ``on_low_bit_grid``: the share of sampled weights that lay on a grid of 4 bits or fewer before; ``notes``: known
+    differences of the artifact from its base.
+    """
 
     directory: Path
     plan: Plan
     errors: dict[str, float]
     on_low_bit_grid: float
+    notes: tuple[str, ...]
 
 
 def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> Quantized:
@@ -78,6 +86,7 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
     done. Raises `InputError` for input that can't be compressed as asked, `OutsideError` and OSError for the rest.
     """
     _check(settings)
+    keep_heap_small()
     out = Path(out)
     refuse_existing(out)
     if out.suffix == ".gguf":
@@ -101,13 +110,15 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
         _check_disk(out, checkpoint, plan, rows)
         with atomic_directory(out) as directory:
             sink = open_sink(directory, checkpoint, plan, types)
+            for note in sink.notes:
+                console.print(f"note: {note}", style="yellow", markup=False)
             try:
                 job = _Job(checkpoint, plan, sink, settings, directory)
                 errors = job.run(rows)
                 sink.close()
             finally:
                 sink.abandon()
-            done = Quantized(out, plan, errors, flattered)
+            done = Quantized(out, plan, errors, flattered, sink.notes)
             write_manifest(directory, _manifest(checkpoint, done, rows, settings))
     return done
 
@@ -151,12 +162,16 @@ def _low_bit_share(checkpoint: Checkpoint) -> float:
 def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Rows:
     from transformers import AutoTokenizer
 
-    corpora = [read_corpus(source) for source in settings.calibration] or default_corpora()
+    corpora = [read_corpus(source) for source in settings.calibration]
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise InputError(f"{checkpoint.source}: its tokenizer can't be loaded, and calibration needs it ({first})") from None
+        raise InputError(
+            f"{checkpoint.source}: its tokenizer can't be loaded, and calibration needs it ({first})"
+        ) from None
+    if not corpora:
+        corpora = default_corpora(chat=tokenizer.chat_template is not None)
     rows = token_rows(corpora, tokenizer, settings.calibration_tokens, settings.row_length, settings.seed)
     vocabulary = checkpoint.config["vocab_size"]
     if rows.ids.max() >= vocabulary:
@@ -198,6 +213,7 @@ class _Job:
             for layer in track(layers, "layers"):
                 for row in layer:
                     self._whole(row)
+                give_freed_memory_back()
         else:
             self._calibrated(layers, rows)
         for row in after:
@@ -261,6 +277,7 @@ class _Job:
                         self._whole(row)
                         continue
                     linear = module.get_submodule(name)
+                    assert isinstance(linear, torch.nn.Linear)
                     weight = self._read(row).to(self.device)
                     linear.weight.data.copy_(self._round(row, weight, moments[name])())
                 outputs = Activations(self.scratch / f".activations-{(number + 1) % 2}", inputs.shape)
@@ -270,6 +287,7 @@ class _Job:
                     done += len(part)
             inputs.remove()
             inputs = outputs
+            give_freed_memory_back()
         inputs.remove()
 
 
@@ -290,6 +308,7 @@ def _manifest(checkpoint: Checkpoint, done: Quantized, rows: Rows | None, settin
         "plan_sha256": done.plan.sha256,
         "plan": done.plan.to_json(),
         "errors": done.errors,
+        "notes": list(done.notes),
         "versions": {name: version(name) for name in packages},
         "evals": {},
     }

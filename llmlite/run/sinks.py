@@ -23,7 +23,12 @@ GGUF_FILE = "model.gguf"
 
 
 class Sink(Protocol):
-    """Takes each row of the plan once, in the plan's order, and writes it through to the disk."""
+    """Takes each row of the plan once, in the plan's order, and writes it through to the disk.
+
+    ``notes``: one sentence for each known difference of what will be written from the checkpoint.
+    """
+
+    notes: tuple[str, ...]
 
     def grid(self, row: PlanRow) -> IntegerGrid | None: ...
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None: ...
@@ -37,6 +42,7 @@ class SafetensorsSink:
     """A directory that transformers loads: shards, config with its quantization_config, tokenizer files."""
 
     def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: SafetensorsTypes):
+        self.notes: tuple[str, ...] = ()
         self.types, self._directory, self._checkpoint, self._plan = types, directory, checkpoint, plan
         layout = {}
         for row in plan.rows:
@@ -90,6 +96,7 @@ class GgufSink:
 
     def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes):
         self._model = describe(checkpoint)
+        self.notes = self._model.notes
         extra = self._model.extra()
         layout = {self._model.gguf_name(row.name): (row.type, row.shape) for row in plan.rows}
         layout.update({name: ("f32", tuple(tensor.shape)) for name, tensor in extra.items()})

@@ -38,7 +38,12 @@ def summary_table(done: Quantized) -> Table:
     for row in facts["types"]:
         error = "" if row["mean_error"] is None else f"{row['mean_error']:.2e}"
         table.add_row(
-            row["type"], row["solver"], str(row["tensors"]), f"{row['parameters']:,}", f"{row['bytes'] / 1e6:,.1f}", error
+            row["type"],
+            row["solver"],
+            str(row["tensors"]),
+            f"{row['parameters']:,}",
+            f"{row['bytes'] / 1e6:,.1f}",
+            error,
         )
     return table
 

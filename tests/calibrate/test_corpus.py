@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -66,9 +67,11 @@ def test_rows_are_shared_out_equally_never_overlap_and_follow_the_seed(tmp_path)
     assert rows.ids.shape == (40, 64)
     assert [s["rows"] for s in rows.sources] == [20, 20]
     stream = tokenizer(long.read_text(), verbose=False).input_ids
-    starts = [start for row in rows.ids[:20] for start in range(len(stream)) if stream[start : start + 64] == row.tolist()]
+    starts = [
+        start for row in rows.ids[:20] for start in range(len(stream)) if stream[start : start + 64] == row.tolist()
+    ]
     assert len(starts) == 20
-    assert all(b - a >= 64 for a, b in zip(starts, starts[1:], strict=False))
+    assert all(b - a >= 64 for a, b in pairwise(starts))
     again, else_ = (token_rows(corpora, tokenizer, 40 * 64, 64, seed).ids for seed in (0, 1))
     assert np.array_equal(rows.ids, again)
     assert not np.array_equal(rows.ids, else_)
@@ -88,4 +91,6 @@ def test_chats_go_through_the_template():
     assert text.startswith("<|im_start|>user\n")
     assert web.documents[0].text[:20] in tokenizer.decode(encode(web.documents[0], tokenizer))
     tokenizer.chat_template = None
-    assert "im_start" not in tokenizer.decode(encode(chat.documents[0], tokenizer))
+    with pytest.raises(InputError, match="no chat template"):
+        token_rows([chat], tokenizer, 1000, 16, 0)
+    assert len(default_corpora(chat=False)) == 1

@@ -18,9 +18,13 @@ def test_it_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "out") as partial:
-        (partial / "file").write_text("x")
-        raise RuntimeError
+    def fail():
+        with atomic_directory(tmp_path / "out") as partial:
+            (partial / "file").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -51,7 +51,12 @@ def test_the_reference_writer_is_read(tmp_path):
 def test_a_writer_wants_exactly_what_was_declared(tmp_path):
     writer = SafetensorsWriter(tmp_path, {"a": TensorSpec(torch.float32, (2,)), "b": TensorSpec(torch.int8, (1,))})
     writer.write("a", torch.zeros(2))
-    for name, tensor in [("a", torch.zeros(2)), ("b", torch.zeros(1)), ("c", torch.zeros(1)), ("b", torch.zeros(2).char())]:
+    for name, tensor in [
+        ("a", torch.zeros(2)),
+        ("b", torch.zeros(1)),
+        ("c", torch.zeros(1)),
+        ("b", torch.zeros(2).char()),
+    ]:
         with pytest.raises(ValueError):
             writer.write(name, tensor)
     with pytest.raises(ValueError, match="never written: b"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -58,7 +59,7 @@ def describe(checkpoint: Checkpoint) -> GgufModel:
         metadata={
             **model_metadata(family, config, where),
             "general.type": "model",
-            "general.name": checkpoint.directory.resolve().name if checkpoint.directory.is_dir() else where,
+            "general.name": Path(where).resolve().name.removesuffix(".gguf"),
             **tokenizer.metadata,
         },
         heads=config["num_attention_heads"],

@@ -1,0 +1,30 @@
+"""Keep the process's memory at what is in use."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+M_MMAP_THRESHOLD = -3  # malloc.h
+THRESHOLD = 4 * 2**20
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def keep_heap_small() -> None:
+    """Let glibc map each block of four megabytes or more on its own, so that freeing it gives it back at once.
+
+    By default that threshold grows up to 32 MB with the blocks that are freed, and the heap fragments: compressing
+    a model of 24 layers was seen to peak at 708 MB where 484 MB are enough, and to grow with every layer. A
+    threshold of one megabyte costs half as much time again. Does nothing where the C library is another one.
+    """
+    if libc := _glibc():
+        libc.mallopt(M_MMAP_THRESHOLD, THRESHOLD)
+
+
+def give_freed_memory_back() -> None:
+    """Return the free pages of the heap to the system."""
+    if libc := _glibc():
+        libc.malloc_trim(0)

@@ -1,0 +1,277 @@
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmlite.checkpoint.checkpoint import open_checkpoint
+from llmlite.errors import InputError
+from llmlite.run.quantize import QuantizeSettings, quantize
+from tests.tiny import FAMILIES, edit_config, save_tiny, tiny_model
+
+SMALL = {"calibration_tokens": 1024, "row_length": 64}
+TARGETS = ["compressed-tensors:w4a16g32", "compressed-tensors:w8a16", "bnb:nf4", "bnb:int8"]
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.arange(3, 60)[None]).logits.float()
+
+
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_comes_out_close_to_its_base_and_its_input_is_untouched(tmp_path, family, to):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = save_tiny(tmp_path / "base", family)
+    before = digests(base)
+    quantize(base, tmp_path / "out", QuantizeSettings(to, **SMALL))
+    assert digests(base) == before
+    assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    want, got = logits(tiny_model(family)), logits(model)
+    limit = 0.1 if "8" in to else 0.6
+    assert (got - want).norm() < limit * want.norm()
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+
+
+def test_feedback_beats_rounding_to_nearest_on_text_that_it_was_not_calibrated_on(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from llmlite.calibrate.corpus import default_corpora
+    from llmlite.calibrate.rows import token_rows
+    from tests.tiny import tiny_tokenizer
+
+    base = save_tiny(tmp_path / "base")
+    held_out = torch.from_numpy(token_rows(default_corpora(), tiny_tokenizer(), 1024, 64, seed=1).ids)
+    with torch.no_grad():
+        want = tiny_model()(held_out).logits.log_softmax(-1)
+    divergence = {}
+    for solver in ("rtn", "gptq"):
+        settings = QuantizeSettings(
+            "compressed-tensors:w4a16g32", solver=solver, calibration_tokens=8192, row_length=64
+        )
+        done = quantize(base, tmp_path / solver, settings)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / solver, dtype=torch.float32)
+        with torch.no_grad():
+            got = model(held_out).logits.log_softmax(-1)
+        divergence[solver] = torch.nn.functional.kl_div(got, want, log_target=True, reduction="batchmean")
+        assert all(0 < error < 0.1 for error in done.errors.values())
+    sizes = [(tmp_path / s / "model.safetensors").stat().st_size for s in ("rtn", "gptq")]
+    assert sizes[0] == sizes[1]
+    assert divergence["gptq"] < 0.9 * divergence["rtn"]
+
+
+def test_the_same_words_give_the_same_bytes(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    settings = QuantizeSettings("gptq:w4g32", **SMALL)
+    for name in ("a", "b"):
+        quantize(base, tmp_path / name, settings)
+    a, b = digests(tmp_path / "a"), digests(tmp_path / "b")
+    assert a == b
+
+
+def test_the_manifest_says_what_was_done(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    done = quantize(base, tmp_path / "out", QuantizeSettings("gptq:w4g32-asym", act_order="group", **SMALL))
+    manifest = json.loads((tmp_path / "out" / "llmlite.json").read_text())
+    assert manifest["format"] == "gptq:w4g32-asym"
+    assert manifest["base"]["source"] == str(base)
+    assert {row["name"] for row in manifest["plan"]} == open_checkpoint(base).tensors.keys()
+    assert manifest["calibration"]["sources"][0]["source"] == "default:web.jsonl"
+    payload = sum(row["bytes"] for row in manifest["plan"])
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert payload < size < payload + 20_000
+    assert done.plan.bytes == payload
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert config["desc_act"] is True
+    assert config["sym"] is False
+
+
+def test_a_base_on_a_low_bit_grid_is_recognized(tmp_path, capsys):
+    from llmlite.quantize.rtn import round_to_nearest
+    from llmlite.quantize.types import IntegerGrid
+
+    model = tiny_model()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("proj.weight"):
+                weight.copy_(round_to_nearest(weight, None, IntegerGrid(4, 32, "minimum")).dequantize())
+    model.save_pretrained(tmp_path / "rounded")
+    save_tiny(tmp_path / "trained")
+    for name, flattered in (("rounded", True), ("trained", False)):
+        done = quantize(tmp_path / name, tmp_path / f"{name}-out", QuantizeSettings("compressed-tensors:w8a16"))
+        assert (done.on_low_bit_grid > 0.9) == flattered
+        assert ("flatter" in capsys.readouterr().err) == flattered
+
+
+def spoil_nan(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(directory / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    save_file(state, directory / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "settings", "said"),
+    [
+        (spoil_nan, QuantizeSettings("compressed-tensors:w8a16"), "'model.layers.1.mlp.up_proj.weight' holds NaN"),
+        (lambda d: (d / "chat_template.jinja").unlink(), {"calibration": "chat"}, "no chat template"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), {}, "tokenizer can't be loaded"),
+        (lambda d: edit_config(d, vocab_size=300), {}, "vocab|shape"),
+        (lambda d: None, {"act_order": "group"}, "only gptq"),
+        (lambda d: None, {"calibration_tokens": 3}, "at least one"),
+        (lambda d: None, {"damping": 0.0}, "--damping"),
+        (lambda d: None, {"device": "tpu"}, "--device"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence_and_leaves_nothing(tmp_path, spoil, settings, said):
+    base = save_tiny(tmp_path / "base")
+    spoil(base)
+    if isinstance(settings, dict):
+        chat = tmp_path / "base" / "chat.jsonl"
+        chat.write_text(json.dumps({"messages": [{"role": "user", "content": "the cat " * 200}]}) + "\n")
+        if "calibration" in settings:
+            settings = {"calibration": (str(chat),)}
+        settings = QuantizeSettings(**{"to": "compressed-tensors:w4a16g32", **SMALL, **settings})
+    before = digests(base)
+    with pytest.raises(InputError, match=said):
+        quantize(base, tmp_path / "out", settings)
+    assert os.listdir(tmp_path) == ["base"]
+    assert digests(base) == before
+
+
+def test_a_model_without_a_chat_template_is_calibrated_on_the_default_text_alone(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    quantize(base, tmp_path / "out", QuantizeSettings("compressed-tensors:w4a16g32", **SMALL))
+    sources = json.loads((tmp_path / "out" / "llmlite.json").read_text())["calibration"]["sources"]
+    assert [s["source"] for s in sources] == ["default:web.jsonl"]
+
+
+def test_too_little_disk_is_said_before_work(tmp_path, monkeypatch):
+    import shutil
+    from collections import namedtuple
+
+    base = save_tiny(tmp_path / "base")
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match="MiB free"):
+        quantize(base, tmp_path / "out", QuantizeSettings("compressed-tensors:w8a16"))
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def child(script: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_a_write_that_fails_midway_is_exit_status_3_and_leaves_nothing(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    limit = 60_000  # bytes a file may have: less than the shard
+
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    script = "import sys; from llmlite.cli import main; sys.exit(main(sys.argv[1:]))"
+    out = tmp_path / "out"
+    run = child(
+        script, "quantize", str(base), "--to", "compressed-tensors:w8a16", "-o", str(out), preexec_fn=small_files
+    )
+    assert run.returncode == 3
+    assert len(run.stderr.strip().splitlines()) == 1
+    assert os.listdir(tmp_path) == ["base"]
+
+
+KILLED = """
+    import os, sys, time
+    from pathlib import Path
+    import torch
+    torch.set_num_threads(1)
+    from llmlite.run.quantize import QuantizeSettings, quantize
+    settings = QuantizeSettings("compressed-tensors:w4a16g32", calibration_tokens=4096, row_length=64)
+    base, out, wait = sys.argv[1], sys.argv[2], sys.argv[3:]
+    for number, seconds in enumerate(map(float, wait)):
+        child = os.fork()
+        if child == 0:
+            quantize(base, f"{out}{number}", settings)
+            os._exit(0)
+        time.sleep(seconds)
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+"""
+
+
+def test_killed_at_five_random_moments_it_leaves_no_artifact_that_opens(tmp_path):
+    from llmlite.evals.engines import open_engine
+
+    base = save_tiny(tmp_path / "base", num_hidden_layers=8)
+    before = digests(base)
+    started = time.monotonic()
+    quantize(
+        base,
+        tmp_path / "whole",
+        QuantizeSettings("compressed-tensors:w4a16g32", calibration_tokens=4096, row_length=64),
+    )
+    whole = time.monotonic() - started
+    moments = [f"{random.Random(n).uniform(0.02, 0.9) * whole:.3f}" for n in range(5)]
+    run = child(KILLED, str(base), str(tmp_path / "out"), *moments)
+    assert run.returncode == 0, run.stderr
+    assert digests(base) == before
+    left = [path for path in tmp_path.iterdir() if path.name not in ("base", "whole")]
+    finished = [path for path in left if not path.name.startswith(".")]
+    assert len(finished) < 5, "no run was killed in time"
+    for path in left:
+        if path in finished:
+            assert digests(path).keys() == digests(tmp_path / "whole").keys()
+        else:
+            with pytest.raises(InputError):
+                open_engine(path)
+
+
+PEAK = """
+    import sys
+    from llmlite.run.quantize import QuantizeSettings, quantize
+    quantize(sys.argv[1], sys.argv[2], QuantizeSettings(sys.argv[3], calibration_tokens=1024, row_length=128, threads=1))
+    print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors:w4a16g64", "gguf:q4_0"])
+def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path, to):
+    peaks = {}
+    for layers in (6, 24):
+        base = save_tiny(tmp_path / f"base{layers}", num_hidden_layers=layers, hidden_size=256, intermediate_size=768)
+        weights = (base / "model.safetensors").stat().st_size
+        run = child(PEAK, str(base), str(tmp_path / f"out{layers}"), to)
+        assert run.returncode == 0, run.stderr
+        peaks[layers] = int(run.stdout.split()[-1]) * 1024
+    assert weights > 0.15 * peaks[6]  # a run that held them all would show
+    assert peaks[24] < 1.1 * peaks[6]
+
+
+def test_an_interrupt_cleans_up(tmp_path):
+    base = save_tiny(tmp_path / "base", num_hidden_layers=8)
+    script = "import sys; from llmlite.cli import main; print('in', flush=True); sys.exit(main(sys.argv[1:]))"
+    command = ["quantize", str(base), "--to", "compressed-tensors:w4a16g32", "-o", str(tmp_path / "out")]
+    run = subprocess.Popen([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".out.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) == 130
+    assert os.listdir(tmp_path) == ["base"]
