@@ -19,6 +19,7 @@ from rich.progress import track
 
 from llmlite.evals.evaluate import EvalSettings, Evaluation, evaluate
 from llmlite.evals.table import show
+from llmlite.plan.plan import SolverName
 from llmlite.run.quantize import QuantizeSettings, quantize
 
 TEXT = Path(__file__).resolve().parents[1] / "examples" / "wikitext2-test-excerpt.txt"
@@ -34,7 +35,9 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    jobs = [(target, solver) for target in FOUR_BITS for solver in ("rtn", "gptq")] + [(t, "rtn") for t in EIGHT_BITS]
+    solvers: tuple[SolverName, ...] = ("rtn", "gptq")
+    jobs = [(target, solver) for target in FOUR_BITS for solver in solvers]
+    jobs += [(target, "rtn") for target in EIGHT_BITS]
     results: dict[tuple[str, str], Evaluation] = {}
     base = evaluate(args.base, EvalSettings(text=(str(TEXT),), windows=args.windows))
     with tempfile.TemporaryDirectory() as folder:
