@@ -124,7 +124,7 @@ def _add_eval(verbs: Any) -> None:
 
 def _eval(given: argparse.Namespace) -> int:
     from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
-    from llmlite.evals.table import picture, table
+    from llmlite.evals.table import picture, show
 
     measured = evaluate(given.artifact, settings_from(EvalSettings, given, given.recipe))
     save_in_manifest(given.artifact, measured)
@@ -132,9 +132,7 @@ def _eval(given: argparse.Namespace) -> int:
     if given.picture:
         picture([measured], given.picture)
     if given.json != "-":
-        from rich.console import Console
-
-        Console().print(table([measured]))
+        show([measured])
     return 0
 
 

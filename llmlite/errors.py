@@ -13,6 +13,12 @@ class InputError(LlmliteError):
     exit_status = 2
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class OutsideError(LlmliteError):
     """Something outside the program failed: disk, memory, network."""
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from llmlite.errors import InputError
 
 MANIFEST = "llmlite.json"
+GGUF_FILE = "model.gguf"  # the weights of a GGUF artifact
+SPARE_BYTES = 16 * 2**20  # for configs, tokenizer and the file system's own needs
 
 
 @contextmanager
@@ -25,6 +27,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     exists and is not an empty directory, or if another process is writing it.
     """
     refuse_existing(out)
+    out = out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.parent / f".{out.name}.partial"
     if partial.exists():
@@ -35,9 +38,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     try:
         yield partial
         _flush(partial)
-        if out.is_dir():
-            out.rmdir()
-        partial.rename(out)
+        partial.rename(out)  # an empty directory in its place is replaced
         _flush_directory(out.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -50,8 +51,21 @@ def refuse_existing(out: Path) -> None:
     """`InputError` where ``out`` is a file or a directory with something in it."""
     if out.is_dir() and any(out.iterdir()):
         raise InputError(f"{out}: is there already and not empty; remove it or name another directory with -o")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file; -o names the directory to write")
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: is a file or a link; -o names the directory to write")
+    if out.resolve() == Path.cwd():
+        raise InputError(f"{out}: is the directory this runs in; name a new one with -o")
+
+
+def refuse_full_disk(out: Path, needed: int, scratch: int = 0) -> None:
+    """`InputError` where the disk of ``out`` has less than ``needed`` + ``scratch`` bytes free."""
+    folder = next(parent for parent in out.absolute().parents if parent.exists())
+    free, total = shutil.disk_usage(folder).free, needed + scratch + SPARE_BYTES
+    if total > free:
+        raise InputError(
+            f"{out}: the disk has {free / 2**20:,.0f} MiB free and {total / 2**20:,.0f} MiB are needed "
+            f"({scratch / 2**20:,.0f} of them only while it runs); free some, or name another disk with -o"
+        )
 
 
 def _remove_stale(partial: Path, out: Path) -> None:

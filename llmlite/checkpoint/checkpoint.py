@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from llmlite.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, LAYER, Family, family_of
 from llmlite.checkpoint.safetensors_index import TensorEntry, read_index
-from llmlite.errors import InputError, OutsideError
+from llmlite.errors import InputError, OutsideError, first_line
 
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model"]
+# What transformers raises for values in a config.json that make no model.
+CONFIG_ERRORS = (
+    StrictDataclassError, TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, AssertionError,
+    RuntimeError, ImportError, IndexError, OverflowError,
+)  # fmt: skip
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "chat_template.jinja", "vocab.json", "merges.txt", "tokenizer.model",
@@ -57,16 +63,16 @@ class Checkpoint:
 
     def side_files(self) -> list[Path]:
         """Tokenizer, chat template and generation settings, as far as they are there."""
-        return [self.directory / name for name in SIDE_FILES if (self.directory / name).is_file()]
+        files = [self.directory / name for name in SIDE_FILES if (self.directory / name).is_file()]
+        return [*files, *sorted((self.directory / "additional_chat_templates").glob("*.jinja"))]
 
 
 def open_checkpoint(model: str | Path, revision: str | None = None) -> Checkpoint:
     """Open a directory or a hub id; `InputError` for whatever can't be compressed, with the reason."""
     directory = locate(str(model), revision)
     config = read_config(directory)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method")
-        raise InputError(f"{model}: already quantized ({method}); give the full-precision checkpoint it was made from")
+    if config.get("quantization_config"):
+        raise InputError(f"{model}: already quantized; give the full-precision checkpoint that it was made from")
     family = family_of(config, str(model))
     if "auto_map" in config:
         raise InputError(f"{model}: its config asks for remote code (auto_map), which is refused; use a native model")
@@ -95,13 +101,9 @@ def locate(model: str, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise InputError(f"{model}: no such directory and no such model on the hub ({_first_line(error)})") from None
+        raise InputError(f"{model}: no such directory and no such model on the hub ({first_line(error)})") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise OutsideError(f"{model}: no such directory, and the hub can't be reached ({_first_line(error)})") from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OutsideError(f"{model}: no such directory, and the hub can't be reached ({first_line(error)})") from None
 
 
 def read_config(directory: Path) -> dict:
@@ -139,18 +141,21 @@ def _check_against_config(checkpoint: Checkpoint) -> None:
             raise InputError(f"{checkpoint.source}: tensor {name!r} is not part of a {checkpoint.family.name} model")
 
 
-def expected_shapes(config: dict, family: Family, where: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters that transformers gives a model of this config (built without memory)."""
+def meta_model(config: dict, where: str) -> torch.nn.Module:
+    """The transformers model of a config.json on the meta device, without memory; `InputError` if there is none."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         parsed = AutoConfig.for_model(**config)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(parsed)
-    except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise InputError(
-            f"{where}: config.json does not describe a {family.name} model ({_first_line(error)})"
-        ) from None
+            return AutoModelForCausalLM.from_config(parsed, trust_remote_code=False)
+    except CONFIG_ERRORS as error:
+        raise InputError(f"{where}: config.json does not describe a model ({first_line(error)})") from None
+
+
+def expected_shapes(config: dict, family: Family, where: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters that transformers gives a model of this config (built without memory)."""
+    model = meta_model(config, where)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     required = {EMBEDDING, FINAL_NORM}
     assert required <= shapes.keys(), f"{family.name}: unexpected parameter names {list(shapes)[:5]}"

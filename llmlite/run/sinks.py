@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from llmlite.checkpoint.artifact import GGUF_FILE
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.safetensors_writer import SafetensorsWriter
 from llmlite.formats.bitsandbytes import BitsAndBytes
@@ -19,7 +20,6 @@ from llmlite.plan.plan import Plan, PlanRow
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
 from llmlite.quantize.types import IntegerGrid, Rounded
 
-GGUF_FILE = "model.gguf"
 
 
 class Sink(Protocol):
