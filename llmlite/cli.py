@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmlite import __version__
-from llmlite.errors import LlmliteError
+from llmlite.errors import InputError, LlmliteError
 from llmlite.options import Parser, add_options, settings_from
 from llmlite.progress import console
 
@@ -21,6 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns its exit status, after one sentence on standard error where it failed."""
     try:
         given = _parser().parse_args(arguments)
+        _check_json(given.json)
         return given.run(given)
     except LlmliteError as error:
         return _fail(str(error), error.exit_status)
@@ -51,6 +52,7 @@ def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text:
     parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     parser.set_defaults(run=run)
     add_options(parser, settings)
+    parser.set_defaults(json=None)
     parser.add_argument("--recipe", type=Path, metavar="FILE", help="settings as YAML; the command line overrides them")
     return parser
 
@@ -61,6 +63,11 @@ def _out(parser: Parser) -> None:
 
 def _json(parser: Parser) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the facts as JSON; - for standard output")
+
+
+def _check_json(to: str | None) -> None:
+    if to not in (None, "-") and not Path(str(to)).absolute().parent.is_dir():
+        raise InputError(f"--json {to}: its folder is not there")
 
 
 def _write_json(facts: dict, to: str | None) -> None:
@@ -77,13 +84,17 @@ def _add_import(verbs: Any) -> None:
     parser = _verb(verbs, "import", _import, "turn a GGUF file into a Hugging Face checkpoint", ImportSettings)
     parser.add_argument("file", type=Path, metavar="FILE.gguf")
     _out(parser)
+    _json(parser)
 
 
 def _import(given: argparse.Namespace) -> int:
+    from llmlite.checkpoint.artifact import read_manifest
     from llmlite.run.import_gguf import ImportSettings, run_import
 
     run_import(given.file, given.out, settings_from(ImportSettings, given, given.recipe))
-    print(f"{given.out}: imported from {given.file}")
+    _write_json(read_manifest(given.out) or {}, given.json)
+    if given.json != "-":
+        print(f"{given.out}: imported from {given.file}")
     return 0
 
 
@@ -124,15 +135,17 @@ def _add_eval(verbs: Any) -> None:
 
 def _eval(given: argparse.Namespace) -> int:
     from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
-    from llmlite.evals.table import picture, show
+    from llmlite.evals.table import check_picture, picture, show
 
+    if given.picture:
+        check_picture(given.picture)
     measured = evaluate(given.artifact, settings_from(EvalSettings, given, given.recipe))
-    save_in_manifest(given.artifact, measured)
     _write_json(measured.to_json(), given.json)
     if given.picture:
         picture([measured], given.picture)
     if given.json != "-":
         show([measured])
+    save_in_manifest(given.artifact, measured)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from llmlite.errors import InputError
+from llmlite.errors import InputError, first_line
 
 Settings = TypeVar("Settings")
 
@@ -50,7 +50,7 @@ def read_recipe(file: Path, settings: type) -> dict[str, Any]:
     except OSError as error:
         raise InputError(f"--recipe {file}: can't be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--recipe {file}: is not YAML ({str(error).splitlines()[0]})") from None
+        raise InputError(f"--recipe {file}: is not YAML ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise InputError(f"--recipe {file}: a list of 'key: value' lines is right")
     hints = get_type_hints(settings)

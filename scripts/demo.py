@@ -91,8 +91,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("demo-out"))
     parser.add_argument("--windows", type=int, default=20)
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
-    args.out.mkdir(parents=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in ("base", *TARGETS):  # what an earlier run of the demo made, and nothing else
+        shutil.rmtree(args.out / name, ignore_errors=True)
     llmlite("import", packaged_gguf(), "-o", args.out / "base", "--reorder", "0")
     for name, target in TARGETS.items():
         llmlite("quantize", args.out / "base", "--to", target, "-o", args.out / name, "--calibration-tokens", "16384")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from llmlite.calibrate.corpus import Corpus, Document
-from llmlite.errors import InputError
+from llmlite.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,11 @@ def token_rows(corpora: list[Corpus], tokenizer: Any, tokens: int, length: int, 
     short for its share gives what it has. Raises `InputError` where there is not one full row, and for chats where
     the tokenizer has no chat template.
     """
-    wanted = max(tokens // length, 1)
+    wanted = tokens // length
+    if wanted < len(corpora):
+        raise InputError(
+            f"{tokens} calibration tokens are {wanted} rows of {length}, less than one for each text given"
+        )
     parts: list[np.ndarray] = []
     sources = []
     for number, corpus in enumerate(corpora):
@@ -37,7 +42,12 @@ def token_rows(corpora: list[Corpus], tokenizer: Any, tokens: int, length: int, 
             raise InputError(
                 f"{corpus.source}: holds chats and the model's tokenizer has no chat template; give plain text instead"
             )
-        rows = _cut(corpus, tokenizer, share, length, random.Random(f"{seed}:{number}"))
+        try:
+            rows = _cut(corpus, tokenizer, share, length, random.Random(f"{seed}:{number}"))
+        except TemplateError as error:
+            raise InputError(
+                f"{corpus.source}: a chat does not go through the model's chat template ({first_line(error)})"
+            ) from None
         parts.append(rows)
         sources.append({"source": corpus.source, "sha256": corpus.sha256, "rows": len(rows), "tokens": rows.size})
     ids = np.concatenate(parts)

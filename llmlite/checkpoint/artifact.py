@@ -47,6 +47,23 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def scratch_directory(out: Path) -> Iterator[Path]:
+    """A hidden directory beside ``out`` for as long as the block runs; a killed run's is removed by the next one."""
+    scratch = out.resolve().parent / f".{out.name}.scratch"
+    scratch.parent.mkdir(parents=True, exist_ok=True)
+    if scratch.exists():
+        _remove_stale(scratch, out)
+    scratch.mkdir()
+    lock = os.open(scratch, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.close(lock)
+
+
 def refuse_existing(out: Path) -> None:
     """`InputError` where ``out`` is a file or a directory with something in it."""
     if out.is_dir() and any(out.iterdir()):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from llmlite.errors import InputError
+from llmlite.errors import InputError, first_line
 
 MAX_HEADER_BYTES = 100_000_000  # the reference implementation's own limit
 DTYPES = {
@@ -73,10 +73,10 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         raw = source.read(length)
     try:
         header = json.loads(raw, object_pairs_hook=_no_doubles)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{file}: the header is not JSON ({error}): not a safetensors file") from None
     except _DoubledKey as error:
         raise InputError(f"{file}: tensor {error.args[0]!r} stands twice in the header") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number too long, brackets too deep
+        raise InputError(f"{file}: the header is not JSON ({first_line(error)}): not a safetensors file") from None
     if not isinstance(header, dict):
         raise InputError(f"{file}: the header is not a JSON object: not a safetensors file")
     header.pop("__metadata__", None)

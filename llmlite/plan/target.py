@@ -58,7 +58,7 @@ def parse_target(text: str) -> Target:
     if format_name in known and lowered in known[format_name]:
         return Target(format_name, lowered)
     match = _WEIGHT_ONLY[format_name].fullmatch(lowered) if format_name in _WEIGHT_ONLY else None
-    if match is None or match["group"] == "0":
+    if match is None or (match["group"] and int(match["group"]) == 0):
         raise InputError(f"--to {text}: the types of {format_name} are {FORMATS[format_name]}")
     group = int(match["group"]) if match["group"] else None
     return Target(format_name, lowered, int(match["bits"]), group, match["asym"] is None)

@@ -72,19 +72,23 @@ def _feedback_factor(moments: Moments, order: torch.Tensor, damping: float) -> t
     """Upper triangular U with U.T @ U = inv(M), M the damped moments in the given order.
 
     With the order of rows and columns reversed, chol(M) is lower; reversed back it is an upper R with R @ R.T = M,
-    so U = inv(R): one factorization and one triangular inverse, and M is never inverted.
+    so U = inv(R): one factorization and one triangular inverse, and M is never inverted. Holds at most three
+    matrices of the moments' size besides them.
     """
-    matrix = moments.xxt[order][:, order].clone()
+    backward = order.flip(0)
+    matrix = moments.xxt[backward[:, None], backward]
     mean = matrix.diagonal().mean()
+    eye = torch.eye(len(order), dtype=matrix.dtype, device=matrix.device)
     if mean == 0:  # no input at all: feedback has nothing to go by
-        return torch.eye(len(order), dtype=matrix.dtype, device=matrix.device)
+        return eye
     matrix.diagonal().add_(damping * mean)
     try:
-        lower = torch.linalg.cholesky(matrix.flip(0, 1))
+        torch.linalg.cholesky(matrix, out=matrix)
     except torch.linalg.LinAlgError as error:
         raise ValueError(f"the second moments are not positive definite: {error}") from None
-    eye = torch.eye(len(order), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+    root = matrix.flip(0, 1)
+    del matrix
+    return torch.linalg.solve_triangular(root, eye, upper=True)
 
 
 def _fitted(

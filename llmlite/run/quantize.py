@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,11 +15,18 @@ from llmlite.calibrate.corpus import default_corpora, read_corpus
 from llmlite.calibrate.moments import collect_moments
 from llmlite.calibrate.rows import Rows, token_rows
 from llmlite.calibrate.stream import Activations, LayerStream
-from llmlite.checkpoint.artifact import atomic_directory, refuse_existing, sha256_of, write_manifest
+from llmlite.checkpoint.artifact import (
+    atomic_directory,
+    refuse_existing,
+    refuse_full_disk,
+    scratch_directory,
+    sha256_of,
+    write_manifest,
+)
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.gguf_import import import_gguf
-from llmlite.errors import InputError
+from llmlite.errors import InputError, first_line
 from llmlite.memory import give_freed_memory_back, keep_heap_small
 from llmlite.plan.plan import Plan, PlanRow, SolverName, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
@@ -97,8 +102,7 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
         target = parse_target(settings.to)
         types = type_table(target, stored_dtype(checkpoint, target), settings.act_order)
         plan = make_plan(checkpoint, target, types, settings.solver)
-        if settings.act_order == "group" and target.format != "gptq":
-            raise InputError(f"--act-order group: only gptq files can say it, {target} can't; static is right")
+        _check_solver_options(settings, plan)
         flattered = _low_bit_share(checkpoint)
         if flattered > 0.5:
             console.print(
@@ -139,16 +143,25 @@ def _check(settings: QuantizeSettings) -> None:
         raise InputError("--device cuda: torch sees no CUDA device here; cpu or auto is right")
 
 
+def _check_solver_options(settings: QuantizeSettings, plan: Plan) -> None:
+    if settings.act_order == "group" and plan.target.format != "gptq":
+        raise InputError(f"--act-order group: only gptq files can say it, {plan.target} can't; static is right")
+    if plan.calibrated:
+        return
+    for option, given in (("--calibration", settings.calibration), ("--act-order", settings.act_order != "static")):
+        if given:
+            raise InputError(f"{option}: only --solver gptq uses it, and --to {plan.target} is not solved by it here")
+
+
 @contextmanager
 def _opened(model: str, revision: str | None, out: Path) -> Iterator[Checkpoint]:
     """The checkpoint; a GGUF file is imported into a directory beside ``out`` that is gone afterwards."""
     if not model.endswith(".gguf"):
         yield open_checkpoint(model, revision)
         return
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".llmlite-import-", dir=out.parent) as folder:
-        import_gguf(Path(model), Path(folder) / "base")
-        yield replace(open_checkpoint(Path(folder) / "base"), source=model)
+    with scratch_directory(out) as folder:
+        import_gguf(Path(model), folder / "base")
+        yield replace(open_checkpoint(folder / "base"), source=model)
 
 
 def _low_bit_share(checkpoint: Checkpoint) -> float:
@@ -164,15 +177,20 @@ def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Row
 
     corpora = [read_corpus(source) for source in settings.calibration]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{checkpoint.source}: its tokenizer can't be loaded, and calibration needs it ({first})"
+            f"{checkpoint.source}: its tokenizer can't be loaded, and calibration needs it ({first_line(error)})"
         ) from None
     if not corpora:
         corpora = default_corpora(chat=tokenizer.chat_template is not None)
     rows = token_rows(corpora, tokenizer, settings.calibration_tokens, settings.row_length, settings.seed)
+    if rows.ids.size < settings.calibration_tokens - settings.row_length:
+        console.print(
+            f"note: the calibration text has {rows.ids.size:,} tokens in whole rows, "
+            f"{settings.calibration_tokens:,} were asked for",
+            style="yellow",
+        )
     vocabulary = checkpoint.config["vocab_size"]
     if rows.ids.max() >= vocabulary:
         raise InputError(
@@ -183,14 +201,7 @@ def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Row
 
 def _check_disk(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None) -> None:
     scratch = 0 if rows is None else 2 * rows.ids.size * checkpoint.config["hidden_size"] * 4
-    needed = plan.bytes + scratch + 16 * 2**20
-    folder = next(parent for parent in out.absolute().parents if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise InputError(
-            f"{out}: the disk has {free / 2**20:,.0f} MiB free and {needed / 2**20:,.0f} MiB are needed "
-            f"({scratch / 2**20:,.0f} of them only while it runs); free some, or name another disk with -o"
-        )
+    refuse_full_disk(out, plan.bytes, scratch)
 
 
 class _Job:

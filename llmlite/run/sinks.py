@@ -12,6 +12,7 @@ import torch
 from llmlite.checkpoint.artifact import GGUF_FILE
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.safetensors_writer import SafetensorsWriter
+from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import BitsAndBytes
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gguf.export import describe
@@ -19,7 +20,6 @@ from llmlite.formats.gguf.writer import GgufWriter
 from llmlite.plan.plan import Plan, PlanRow
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
 from llmlite.quantize.types import IntegerGrid, Rounded
-
 
 
 class Sink(Protocol):
@@ -42,7 +42,9 @@ class SafetensorsSink:
     """A directory that transformers loads: shards, config with its quantization_config, tokenizer files."""
 
     def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: SafetensorsTypes):
-        self.notes: tuple[str, ...] = ()
+        kept = str(types.dtype).removeprefix("torch.")
+        same = checkpoint.dtype == types.dtype
+        self.notes: tuple[str, ...] = () if same else (f"tensors that are not rounded are kept in {kept}",)
         self.types, self._directory, self._checkpoint, self._plan = types, directory, checkpoint, plan
         layout = {}
         for row in plan.rows:
@@ -56,7 +58,12 @@ class SafetensorsSink:
         return self.types.grid if row.type == self.types.linear else None
 
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None:
-        self._writer.write(row.name, tensor.to(self.types.dtype))
+        kept = tensor.to(self.types.dtype)
+        if not torch.isfinite(kept).all():
+            raise InputError(
+                f"{row.name} has values beyond the range of {self.types.dtype}, which {self._plan.target} keeps"
+            )
+        self._writer.write(row.name, kept)
 
     def rounded(self, row: PlanRow, rounded: Rounded) -> None:
         assert not isinstance(self.types.format, BitsAndBytes)
@@ -75,7 +82,9 @@ class SafetensorsSink:
     def close(self) -> None:
         self._writer.close()
         for file in self._checkpoint.side_files():
-            (self._directory / file.name).write_bytes(file.read_bytes())
+            copy = self._directory / file.relative_to(self._checkpoint.directory)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(file.read_bytes())
         config = dict(self._checkpoint.config)
         config.pop("torch_dtype", None)
         config["dtype"] = str(self.types.dtype).removeprefix("torch.")

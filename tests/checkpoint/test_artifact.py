@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,6 +39,18 @@ def test_what_is_there_is_not_touched(tmp_path):
         with pytest.raises(InputError), atomic_directory(tmp_path / name):
             pytest.fail("started")
     assert (tmp_path / "out" / "mine").read_text() == "x"
+
+
+def test_links_and_the_current_directory_are_refused_before_work(tmp_path, monkeypatch):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (tmp_path / "link", Path()):
+        with pytest.raises(InputError), atomic_directory(out):
+            pytest.fail("started")
+    with atomic_directory(Path("new")):
+        pass
+    assert (tmp_path / "here" / "new").is_dir()
 
 
 def test_the_leavings_of_a_killed_run_are_removed_and_a_live_one_is_not(tmp_path):

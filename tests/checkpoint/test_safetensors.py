@@ -78,6 +78,8 @@ LIES = {
     "no fields": ({"a": {"dtype": "F32"}}, 8, "lacks"),
     "not an object": ([1], 0, "not a JSON object"),
     "not JSON": (b"{nope", 0, "not JSON"),
+    "too deep": (b"[" * 200_000, 0, "not JSON"),
+    "a number without end": (b'{"a": ' + b"9" * 5000 + b"}", 0, "not JSON"),
     "doubled": (b'{"a": %s, "a": %s}' % ((json.dumps(F32).encode(),) * 2), 8, "twice"),
 }
 

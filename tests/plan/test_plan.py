@@ -36,6 +36,7 @@ def test_targets(text, bits, group, symmetric):
         ("ggfu:q4_0", "did you mean gguf"),
         ("gguf:q9", "the types of gguf are"),
         ("gptq:w5g128", "the types of gptq are"),
+        ("compressed-tensors:w4a16g00", "types of compressed-tensors are"),
         ("gptq:w4g0", "the types of gptq are"),
         ("compressed-tensors:w3a16g128", "4 or 8 bits"),
         ("bnb:fp4", "nf4 or int8"),

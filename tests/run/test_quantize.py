@@ -136,6 +136,8 @@ def spoil_nan(directory: Path) -> None:
         (lambda d: None, {"act_order": "group"}, "only gptq"),
         (lambda d: None, {"calibration_tokens": 3}, "at least one"),
         (lambda d: None, {"damping": 0.0}, "--damping"),
+        (lambda d: None, {"to": "compressed-tensors:w8a16", "calibration": ("x.txt",)}, "only --solver gptq uses it"),
+        (lambda d: None, {"to": "gptq:w8", "act_order": "group"}, "only --solver gptq uses it"),
         (lambda d: None, {"device": "tpu"}, "--device"),
     ],
 )
@@ -145,7 +147,7 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(tmp_path, spoil, settin
     if isinstance(settings, dict):
         chat = tmp_path / "base" / "chat.jsonl"
         chat.write_text(json.dumps({"messages": [{"role": "user", "content": "the cat " * 200}]}) + "\n")
-        if "calibration" in settings:
+        if settings.get("calibration") == "chat":
             settings = {"calibration": (str(chat),)}
         settings = QuantizeSettings(**{"to": "compressed-tensors:w4a16g32", **SMALL, **settings})
     before = digests(base)
@@ -153,6 +155,25 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(tmp_path, spoil, settin
         quantize(base, tmp_path / "out", settings)
     assert os.listdir(tmp_path) == ["base"]
     assert digests(base) == before
+
+
+def test_a_chat_that_the_template_refuses_is_one_sentence(tmp_path):
+    base = save_tiny(tmp_path / "base")
+    (base / "chat_template.jinja").write_text("{{ raise_exception('no system role') }}")
+    with pytest.raises(InputError, match=r"chat template \(no system role\)"):
+        quantize(base, tmp_path / "out", QuantizeSettings("compressed-tensors:w4a16g32", **SMALL))
+
+
+def test_values_beyond_float16_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    base = save_tiny(tmp_path / "base", dtype=torch.bfloat16)
+    state = load_file(base / "model.safetensors")
+    state["model.norm.weight"][3] = 1e5
+    save_file(state, base / "model.safetensors")
+    with pytest.raises(InputError, match=r"model.norm.weight has values beyond the range of torch.float16"):
+        quantize(base, tmp_path / "out", QuantizeSettings("gptq:w4g32", solver="rtn"))
+    assert os.listdir(tmp_path) == ["base"]
 
 
 def test_a_model_without_a_chat_template_is_calibrated_on_the_default_text_alone(tmp_path):
@@ -203,8 +224,8 @@ KILLED = """
     import torch
     torch.set_num_threads(1)
     from llmlite.run.quantize import QuantizeSettings, quantize
-    settings = QuantizeSettings("compressed-tensors:w4a16g32", calibration_tokens=4096, row_length=64)
-    base, out, wait = sys.argv[1], sys.argv[2], sys.argv[3:]
+    base, out, to, wait = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
+    settings = QuantizeSettings(to, calibration_tokens=4096, row_length=64)
     for number, seconds in enumerate(map(float, wait)):
         child = os.fork()
         if child == 0:
@@ -216,20 +237,17 @@ KILLED = """
 """
 
 
-def test_killed_at_five_random_moments_it_leaves_no_artifact_that_opens(tmp_path):
+@pytest.mark.parametrize("to", ["compressed-tensors:w4a16g32", "gguf:q4_0"])
+def test_killed_at_five_random_moments_it_leaves_no_artifact_that_opens(tmp_path, to):
     from llmlite.evals.engines import open_engine
 
     base = save_tiny(tmp_path / "base", num_hidden_layers=8)
     before = digests(base)
     started = time.monotonic()
-    quantize(
-        base,
-        tmp_path / "whole",
-        QuantizeSettings("compressed-tensors:w4a16g32", calibration_tokens=4096, row_length=64),
-    )
+    quantize(base, tmp_path / "whole", QuantizeSettings(to, calibration_tokens=4096, row_length=64))
     whole = time.monotonic() - started
     moments = [f"{random.Random(n).uniform(0.02, 0.9) * whole:.3f}" for n in range(5)]
-    run = child(KILLED, str(base), str(tmp_path / "out"), *moments)
+    run = child(KILLED, str(base), str(tmp_path / "out"), to, *moments)
     assert run.returncode == 0, run.stderr
     assert digests(base) == before
     left = [path for path in tmp_path.iterdir() if path.name not in ("base", "whole")]
@@ -238,9 +256,11 @@ def test_killed_at_five_random_moments_it_leaves_no_artifact_that_opens(tmp_path
     for path in left:
         if path in finished:
             assert digests(path).keys() == digests(tmp_path / "whole").keys()
-        else:
-            with pytest.raises(InputError):
-                open_engine(path)
+            continue
+        unhidden = tmp_path / f"moved{path.name}"  # even under a name that nobody would refuse
+        path.rename(unhidden)
+        with pytest.raises(InputError):
+            open_engine(unhidden)
 
 
 PEAK = """
