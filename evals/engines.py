@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llmlite.errors import InputError
-from llmlite.evals.hf import load_transformers
+from llmlite.evals.hf import load_transformers, prefix_token
 from llmlite.evals.llama import Llama, LlamaSettings, library
 from llmlite.evals.locate import find
 
@@ -81,7 +81,7 @@ class TransformersEngine:
         self.softcap: float | None = config.to_dict().get("final_logit_softcapping")
         self.vocab_size: int = config.vocab_size
         self.known_tokens = len(self.tokenizer)
-        self.bos = _prefix(self.tokenizer)
+        self.bos = prefix_token(self.tokenizer)
         self._check_head()
 
     def tokenize(self, text: str) -> np.ndarray:
@@ -160,10 +160,3 @@ def _batches(length: int, first: int, step: int) -> Iterator[tuple[int, int]]:
             stop -= (stop - first) % ROWS
         yield start, stop
         start = stop
-
-
-def _prefix(tokenizer) -> int | None:
-    """The one token that a transformers tokenizer puts in front of a text, None where it puts none."""
-    plain = tokenizer("a", add_special_tokens=False).input_ids
-    full = tokenizer("a", add_special_tokens=True).input_ids
-    return full[0] if len(full) > len(plain) and full[1 : 1 + len(plain)] == plain else None

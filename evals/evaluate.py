@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llmlite.checkpoint.artifact import read_manifest, write_manifest
+from llmlite.checkpoint.artifact import GGUF_FILE, read_manifest, write_manifest
 from llmlite.errors import InputError
 from llmlite.evals.engines import engine_version, open_engine
 from llmlite.evals.locate import find
@@ -20,7 +20,6 @@ from llmlite.evals.size import Size, measure_size
 from llmlite.evals.speed import Speed
 from llmlite.evals.texts import Text, read_texts
 
-GGUF_NAME = "model.gguf"  # what an artifact directory calls its weights
 ProtocolName = Literal["llama.cpp", "paper"]
 
 
@@ -151,7 +150,7 @@ def save_in_manifest(artifact: str | Path, evaluation: Evaluation) -> bool:
     """
     location = find(artifact)
     manifest = read_manifest(location.directory)
-    if manifest is None or (location.engine == "llama.cpp" and location.path.name != GGUF_NAME):
+    if manifest is None or (location.engine == "llama.cpp" and location.path.name != GGUF_FILE):
         return False
     evals = manifest.get("evals", {})
     before = evals.get(evaluation.protocol, {})

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from llmlite.checkpoint.checkpoint import read_config
-from llmlite.errors import InputError, OutsideError
+from llmlite.checkpoint.checkpoint import CONFIG_ERRORS, read_config
+from llmlite.errors import InputError, OutsideError, first_line
 
 # quant_method in config.json -> the extra of this project and the modules of it that transformers needs
 EXTRAS = {
@@ -44,11 +44,11 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
                 path, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
             )
     except ImportError as error:
-        raise InputError(f"{path}: a Python package that it needs is missing ({_line(error)})") from None
+        raise InputError(f"{path}: a Python package that it needs is missing ({first_line(error)})") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise OutsideError(f"{path}: does not fit into memory ({_line(error)})") from None
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: transformers can't load it ({_line(error)})") from None
+        raise OutsideError(f"{path}: does not fit into memory ({first_line(error)})") from None
+    except (OSError, SafetensorError, *CONFIG_ERRORS) as error:
+        raise InputError(f"{path}: transformers can't load it ({first_line(error)})") from None
     model, report = loaded
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
@@ -58,7 +58,10 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
 
 def _require_packages(path: Path) -> None:
     """`InputError` that names the extra, where transformers itself would end in a NameError (gptq) or less."""
-    method: str = (read_config(path).get("quantization_config") or {}).get("quant_method", "")
+    quantization = read_config(path).get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise InputError(f"{path}: config.json has a quantization_config that is not a JSON object")
+    method = str(quantization.get("quant_method", ""))
     extra, modules = EXTRAS.get(method, ("", ()))
     for module in modules:
         if importlib.util.find_spec(module) is None:
@@ -78,6 +81,8 @@ def kv_bytes_per_token(model: Any) -> int:
     return 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize
 
 
-def _line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def prefix_token(tokenizer: Any) -> int | None:
+    """The one token that a transformers tokenizer puts in front of a text, None where it puts none."""
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    full = tokenizer("a", add_special_tokens=True).input_ids
+    return full[0] if len(full) > len(plain) and full[1 : 1 + len(plain)] == plain else None

@@ -47,7 +47,7 @@ class LlamaSettings:
     ``context``: positions, all sequences together, None for as many as the model was trained for in each of them;
     ``batch``: most tokens of one decode; ``outputs``: most rows of logits of one decode (each takes vocabulary x 4
     bytes); ``threads``: None takes every core this process may use; ``mmap``: False reads the weights into memory
-    of the process's own.
+    of the process's own; ``as_trained``: True refuses a sequence longer than the model was trained for.
     """
 
     context: int | None = 2048
@@ -56,6 +56,7 @@ class LlamaSettings:
     outputs: int = 512
     threads: int | None = None
     mmap: bool = True
+    as_trained: bool = False
 
 
 class Llama:
@@ -92,7 +93,12 @@ class Llama:
     def _new_context(self) -> int:
         wanted = self.settings
         params = self.api.llama_context_default_params()
-        positions = wanted.context or wanted.sequences * self.api.llama_model_n_ctx_train(self.model)
+        trained = self.api.llama_model_n_ctx_train(self.model)
+        positions = wanted.context or wanted.sequences * trained
+        if wanted.as_trained and positions > wanted.sequences * trained:
+            self.close()
+            each = positions // wanted.sequences
+            raise InputError(f"context {each}: this model was trained for {trained} tokens at most")
         params.n_ctx = positions
         params.n_seq_max = wanted.sequences
         params.n_batch = params.n_ubatch = min(wanted.batch, positions)

@@ -23,10 +23,6 @@ class Location:
     def directory(self) -> Path:
         return self.path.parent if self.engine == "llama.cpp" else self.path
 
-    @property
-    def weight_files(self) -> list[Path]:
-        return [self.path] if self.engine == "llama.cpp" else sorted(self.path.glob("*.safetensors"))
-
 
 def find(artifact: str | Path) -> Location:
     """Where the weights lie and who reads them; `InputError` when that is not clear.
@@ -35,6 +31,9 @@ def find(artifact: str | Path) -> Location:
     file to llama.cpp, and a hub id is fetched, or taken from the cache.
     """
     path = Path(artifact)
+    for folder in (path.resolve(), path.resolve().parent):
+        if folder.name.startswith(".") and folder.name.endswith(".partial"):
+            raise InputError(f"{folder}: was left by a run that did not finish, or is being written: not an artifact")
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{path}: is not a .gguf file; give a directory, a GGUF file or a hub id")

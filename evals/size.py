@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
+from llmlite.checkpoint.checkpoint import meta_model, read_config
 from llmlite.checkpoint.gguf_header import read_gguf
 from llmlite.checkpoint.safetensors_index import read_index
-from llmlite.errors import InputError
 from llmlite.evals.locate import Location
 
 NO_PARAMETERS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")  # constants in GGUF
@@ -33,24 +32,12 @@ class Size:
 
 def measure_size(location: Location) -> Size:
     """Read from headers and config alone; `InputError` for a file that is missing or broken."""
-    on_disk = sum(file.stat().st_size for file in location.weight_files)
     if location.engine == "llama.cpp":
         tensors = read_gguf(location.path).tensors.values()
         counted = sum(math.prod(tensor.shape) for tensor in tensors if tensor.name not in NO_PARAMETERS)
-        return Size(on_disk, sum(tensor.nbytes for tensor in tensors), counted)
+        return Size(location.path.stat().st_size, sum(tensor.nbytes for tensor in tensors), counted)
     stored = read_index(location.path).values()
-    return Size(on_disk, sum(tensor.nbytes for tensor in stored), _parameters(location.path))
-
-
-def _parameters(directory: Path) -> int:
-    """Counted on the model that the config describes, built without memory: exact for every packed format."""
-    import torch
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
-        with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{directory}: config.json does not describe a language model ({error})") from None
-    return sum(parameter.numel() for parameter in model.parameters())
+    on_disk = sum(file.stat().st_size for file in {tensor.file for tensor in stored})
+    model = meta_model(read_config(location.path), str(location.path))  # exact for every packed format
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Size(on_disk, sum(tensor.nbytes for tensor in stored), parameters)

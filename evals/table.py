@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from llmlite.errors import InputError
 from llmlite.evals.evaluate import Evaluation
 from llmlite.evals.score import Score
 
@@ -85,8 +86,25 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f}"
 
 
+def check_picture(path: Path) -> None:
+    """`InputError` where `picture` could not write: an ending matplotlib doesn't know, a folder that is not there."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in known:
+        raise InputError(f"{path}: a picture ends in .{', .'.join(known)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: there is no directory {path.parent} to write the picture in")
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name the file that the picture is to be")
+
+
 def picture(evaluations: Sequence[Evaluation], path: Path) -> None:
-    """A PNG: mean KL divergence and perplexity on the first text against bytes on disk, a point per artifact."""
+    """Mean KL divergence and perplexity on the first text against bytes on disk, a point per artifact.
+
+    The file's ending says what kind of picture it is. Raises what `check_picture` raises.
+    """
+    check_picture(path)
     from matplotlib.figure import Figure
 
     scored = [(e, next(iter(e.scores.values()))) for e in evaluations if e.scores]

@@ -10,6 +10,8 @@ from llmlite.calibrate.corpus import read_corpus
 from llmlite.errors import InputError, OutsideError
 from llmlite.extras import need
 
+FILE_ENDINGS = (".txt", ".raw", ".md", ".json", ".jsonl")  # by these a missing file is told from a data set
+
 
 @dataclass(frozen=True)
 class Text:
@@ -37,13 +39,16 @@ def read_texts(sources: tuple[str, ...]) -> list[Text]:
 def read_text(source: str) -> Text:
     """A text file whole, or the ``text`` fields of a .jsonl file or of a data set, joined by blank lines.
 
-    A data set is written owner/name, owner/name:config or owner/name:config:split (the split test unless given).
+    Whatever is neither a file nor looks like one is a data set: name or owner/name, then perhaps :config or
+    :config:split (the split test unless given).
     Its empty records are kept: so do the papers that report WikiText-2.
     """
-    if Path(source).is_file() or source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).suffix:
+    if Path(source).is_file():
         name, text = Path(source).stem, _file(source)
+    elif source.startswith((".", "/", "~")) or source.endswith(FILE_ENDINGS):
+        raise InputError(f"{source}: no such text file")
     else:
-        name, text = source.split("/")[1].replace(":", "-"), _dataset(source)
+        name, text = source.split("/")[-1].replace(":", "-"), _dataset(source)
     return Text(name.replace(".", "_"), text)
 
 

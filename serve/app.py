@@ -24,6 +24,9 @@ from llmlite.serve.schema import ChatRequest, CompletionRequest, Generating
 from llmlite.serve.service import Service
 from llmlite.serve.settings import ServeSettings
 
+COMPLETION_TOKENS = 16
+"""What /v1/completions generates at most where the request doesn't say: the default of OpenAI's API."""
+
 PATIENCE = 30.0
 """Seconds /health waits for the engine thread, which answers between two pieces of work."""
 
@@ -97,7 +100,9 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         n = body.n or 1
         for given in body.prompts():
             prompt = await _prompt_ids(service, given)
-            choices = service.works(body, prompt, "prompt", body.max_tokens, body.logprobs)
+            room = max(1, service.engine.context - len(prompt))
+            limit = min(COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
+            choices = service.works(body, prompt, "prompt", limit, body.logprobs)
             works += [replace(work, score_prompt=scored) for work in choices]
             echoes += [(given, prompt) if body.echo else None] * n
         lengths = [len(work.prompt) for work in works]

@@ -66,7 +66,7 @@ class Generation:
         self._engine = engine
         self._sequence: Sequence | None = None
         self._text = TextStream(work.stops)
-        self._random = None if work.sampling.temperature == 0 else generator(work.seed, work.choice)
+        self._random = None if work.sampling.greedy else generator(work.seed, work.choice)
         self._counts: Counter[int] = Counter()
         self._generated = 0
         self._last = 0

@@ -11,10 +11,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+LEAST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose: ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 cut nothing."""
+    """How to choose: ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 cut nothing.
+
+    A temperature that float32, in which logits are divided by it, does not hold is greedy, too.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -23,6 +28,10 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < LEAST_TEMPERATURE
 
 
 def generator(seed: int | None, choice: int) -> np.random.Generator:
@@ -51,7 +60,8 @@ def adjust(logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int]) ->
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may be drawn and their probabilities (float32 weights, float64 sums that end at 1)."""
-    weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
+    with np.errstate(over="ignore"):  # minus infinity, of which exp makes the right 0
+        weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
     ids: np.ndarray | None = None  # all
     if 0 < sampling.top_k < len(weights):
         ids = _heaviest(weights, sampling.top_k)
@@ -90,7 +100,7 @@ def choose(
 ) -> int:
     """The next token for one row of logits. ``random`` is not touched when the choice is greedy."""
     logits = adjust(logits, sampling, counts)
-    if sampling.temperature == 0 or random is None:
+    if sampling.greedy or random is None:
         return int(np.argmax(logits))
     ids, probabilities = candidates(logits, sampling)
     place = int(np.searchsorted(np.cumsum(probabilities), random.random(), side="right"))

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 
 from llmlite.serve.engines.base import Engine, EngineBroken
 from llmlite.serve.generation import Delta, Generation, Work
@@ -70,7 +71,8 @@ class Scheduler:
         self._pings: list[Future[dict[str, int]]] = []
         self._running: list[Ticket] = []  # touched by the engine thread alone
         self._seconds = 0.0  # how long a sequence runs, a moving average
-        self._refusal: Exception | None = None  # why nothing is accepted any more
+        # Why nothing is accepted any more, made anew for everyone: each raise adds its frames to an exception.
+        self._refusal: Callable[[], Exception] | None = None
         self._stop = False
         self._thread = threading.Thread(target=self._own, name="engine", daemon=True)
 
@@ -79,15 +81,18 @@ class Scheduler:
         self._thread.start()
 
     def submit(self, works: list[Work], sinks: list[Sink]) -> list[Ticket]:
-        """Queue the sequences of one request, all or none. Raises `QueueFull`, `EngineDead` or `ShuttingDown`."""
+        """Queue the sequences of one request, all or none. Raises `QueueFull`, `EngineDead` or `ShuttingDown`.
+
+        Where nobody waits, a request with more sequences than may wait is accepted all the same.
+        """
         request = _Request()
         tickets = [
             Ticket(Generation(work, self._engine), sink, request) for work, sink in zip(works, sinks, strict=True)
         ]
         with self._changed:
             if self._refusal is not None:
-                raise self._refusal
-            if len(self._waiting) >= self._max_queue:
+                raise self._refusal()
+            if self._waiting and len(self._waiting) + len(tickets) > self._max_queue:
                 raise QueueFull(max(1, math.ceil(self._seconds / self._engine.slots)))
             self._waiting.extend(tickets)
             self._changed.notify()
@@ -105,7 +110,7 @@ class Scheduler:
         future: Future[dict[str, int]] = Future()
         with self._changed:
             if self._refusal is not None:
-                future.set_exception(self._refusal)
+                future.set_exception(self._refusal())
             else:
                 self._pings.append(future)
                 self._changed.notify()
@@ -114,12 +119,11 @@ class Scheduler:
     def drain(self) -> None:
         """Refuse what is new and what has not begun; what runs goes on."""
         with self._changed:
-            self._refusal = self._refusal or ShuttingDown("the server is shutting down")
+            refusal = self._refusal = self._refusal or _shutting_down
             dropped = [ticket for ticket in self._waiting if not ticket.request.started]
             self._waiting = deque(ticket for ticket in self._waiting if ticket.request.started)
-            refusal = self._refusal
         for ticket in dropped:
-            ticket.sink(refusal)
+            ticket.sink(refusal())
 
     def stop(self) -> None:
         """End the engine thread after its present turn and wait for that."""
@@ -130,14 +134,14 @@ class Scheduler:
         self._thread.join()
 
     def _own(self) -> None:
-        error: BaseException = ShuttingDown("the server is shutting down")
+        refusal: Callable[[], Exception] = _shutting_down
         try:
             while self._prepare():
                 self._turn()
         except BaseException as broken:  # the thread's last words: whoever waits must hear of them
             log.critical("the engine thread has ended", exc_info=broken)
-            error = EngineDead(str(broken))
-        self._end(error)
+            refusal = partial(EngineDead, str(broken))
+        self._end(refusal)
 
     def _prepare(self) -> bool:
         """Wait for something to do, admit what there is room for, answer pings. False: stop."""
@@ -181,8 +185,7 @@ class Scheduler:
         lasted = time.monotonic() - ticket.started
         self._seconds = lasted if self._seconds == 0 else 0.8 * self._seconds + 0.2 * lasted
 
-    def _end(self, error: BaseException) -> None:
-        refusal = error if isinstance(error, Exception) else EngineDead(str(error))
+    def _end(self, refusal: Callable[[], Exception]) -> None:
         with self._changed:
             self._refusal = refusal
             orphans = [*self._running, *self._waiting]
@@ -190,6 +193,10 @@ class Scheduler:
             pings, self._pings = self._pings, []
         for future in pings:
             if future.set_running_or_notify_cancel():
-                future.set_exception(refusal)
+                future.set_exception(refusal())
         for ticket in orphans:
-            ticket.sink(refusal)
+            ticket.sink(refusal())
+
+
+def _shutting_down() -> ShuttingDown:
+    return ShuttingDown("the server is shutting down")

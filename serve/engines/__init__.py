@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmlite.checkpoint.artifact import read_manifest
+from llmlite.checkpoint.artifact import GGUF_FILE, read_manifest
 from llmlite.evals.locate import find
 from llmlite.serve.engines.base import Engine
 from llmlite.serve.settings import ServeSettings
@@ -32,7 +32,7 @@ def open_artifact(artifact: str | Path, settings: ServeSettings) -> Opened:
         from llmlite.serve.engines.llama_cpp import LlamaCppEngine
 
         file = location.path
-        name = file.stem if manifest is None or file.name != "model.gguf" else file.parent.resolve().name
+        name = file.stem if manifest is None or file.name != GGUF_FILE else file.parent.resolve().name
         return Opened(LlamaCppEngine(file, settings), name, manifest)
     from llmlite.serve.engines.transformers import TransformersEngine
 

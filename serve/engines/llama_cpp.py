@@ -21,16 +21,15 @@ class LlamaCppEngine:
 
     def __init__(self, file: Path, settings: ServeSettings) -> None:
         positions = None if settings.context is None else settings.context * settings.parallel
-        wanted = LlamaSettings(positions, settings.parallel, batch=CHUNK, outputs=CHUNK, threads=settings.threads)
+        wanted = LlamaSettings(
+            positions, settings.parallel, batch=CHUNK, outputs=CHUNK, threads=settings.threads, as_trained=True
+        )
         self._llama = Llama(file, wanted)
         self._api = api = self._llama.api
         if not api.llama_model_has_decoder(self._llama.model) or api.llama_model_has_encoder(self._llama.model):
             raise InputError(f"{file}: is not a decoder language model, so it can't be served")
-        trained = api.llama_model_n_ctx_train(self._llama.model)
-        if settings.context is not None and settings.context > trained:
-            raise InputError(f"context {settings.context}: this model was trained for {trained} tokens at most")
         self.version = f"llama-cpp-python {api.__version__}"
-        self.context = settings.context or trained
+        self.context = settings.context or api.llama_model_n_ctx_train(self._llama.model)
         self.vocab_size = self._llama.vocab_size
         self.slots = settings.parallel
         self.eos = frozenset(t for t in range(self.vocab_size) if api.llama_vocab_is_eog(self._llama.vocab, t))

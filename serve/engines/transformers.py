@@ -15,7 +15,7 @@ import transformers
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from llmlite.errors import InputError
-from llmlite.evals.hf import load_transformers
+from llmlite.evals.hf import load_transformers, prefix_token
 from llmlite.serve.engines import chat_template
 from llmlite.serve.engines.base import ChatTemplateError, Sequence, Slots, with_bos
 from llmlite.serve.settings import ServeSettings
@@ -106,7 +106,7 @@ class Vocabulary:
                 f"{path}: a tokenizer that decodes by {', '.join(sorted(kinds)) or 'nothing'} is unknown here"
             )
         self._added = tokenizer.added_tokens_decoder
-        self.bos = self._prefix()
+        self.bos = prefix_token(tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Token ids; names of special tokens become them, nothing is added."""
@@ -120,17 +120,13 @@ class Vocabulary:
         if piece is None:  # the embedding has more rows than the tokenizer has tokens
             return b""
         if self._byte_level:
+            if added is not None:  # stands for its own letters, which may look like GPT-2's for bytes
+                return added.content.encode()
             table = _byte_of_character()
             return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode()
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("▁", " ").encode()
-
-    def _prefix(self) -> int | None:
-        """The token that the tokenizer puts in front of a text, None where it puts none."""
-        plain = self._tokenizer("a", add_special_tokens=False).input_ids
-        full = self._tokenizer("a", add_special_tokens=True).input_ids
-        return full[0] if len(full) > len(plain) and full[1 : 1 + len(plain)] == plain else None
 
 
 def _context(path: Path, trained: int | None, wanted: int | None) -> int:

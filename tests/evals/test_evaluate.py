@@ -18,9 +18,9 @@ from llmlite.evals.locate import find
 from llmlite.evals.probe import probe
 from llmlite.evals.size import measure_size
 from llmlite.evals.speed import ANSWER_TOKENS, PROMPT_TOKENS, Speed, measure_speed
-from llmlite.evals.table import picture, table
+from llmlite.evals.table import check_picture, picture, table
 from tests import gguf_models
-from tests.tiny import save_tiny
+from tests.tiny import edit_config, save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,36 @@ def test_size_counts_every_tensor_and_each_parameter_once(tiny, gguf):
     assert size.parameters == parameters
     assert size.bits_per_weight == pytest.approx((16 * parameters + 16 * norms) / parameters)
     assert size.bytes == gguf.stat().st_size > size.tensor_bytes
+
+
+def test_size_counts_only_the_files_that_the_index_names(tmp_path):
+    save_tiny(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "adapter.safetensors").write_bytes((tmp_path / "model-00001-of-00001.safetensors").read_bytes())
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert measure_size(find(tmp_path)).bytes == (tmp_path / "model-00001-of-00001.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "64"},
+        {"hidden_size": -64},
+        {"num_attention_heads": 5},
+        {"pad_token_id": 320},
+        {"attn_implementation": "flash_attention_2"},
+        {"quantization_config": "int8"},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_model_is_refused(tmp_path, changes):
+    save_tiny(tmp_path)
+    edit_config(tmp_path, **changes)
+    for use in (lambda: measure_size(find(tmp_path)), lambda: load_transformers(tmp_path)):
+        with pytest.raises(InputError, match=tmp_path.name):
+            use()
 
 
 def test_constants_in_a_gguf_file_are_no_parameters(tmp_path):
@@ -189,6 +219,19 @@ def test_table_and_picture_show_what_was_measured(evaluation, tmp_path):
     assert (tmp_path / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_cannot_be_written_is_refused_beforehand(tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    for name, sentence in (
+        ("a.foo", "a picture ends in .*png"),
+        ("a", "a picture ends in .*png"),
+        ("none/a.png", "there is no directory"),
+        ("folder.png", "is a directory"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            check_picture(tmp_path / name)
+    check_picture(tmp_path / "a.PNG")
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
@@ -211,6 +254,12 @@ def test_what_is_no_artifact_is_refused(tmp_path, tiny):
         (tmp_path / "none", "no such directory"),
     ):
         with pytest.raises(InputError, match=sentence):
+            find(path)
+    partial = tmp_path / ".smol.partial"
+    partial.mkdir()
+    (partial / "model.gguf").touch()
+    for path in (partial, partial / "model.gguf"):
+        with pytest.raises(InputError, match=r"smol.partial: was left by a run that did not finish"):
             find(path)
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()

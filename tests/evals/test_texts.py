@@ -1,6 +1,8 @@
 """Texts to judge on, and what is said of those that can't be used."""
 
 import hashlib
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -39,9 +41,35 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, name, content, sentence):
         read_text(str(file))
 
 
-def test_a_missing_file_is_refused():
-    with pytest.raises(InputError, match=r"wiki.raw: no such text file"):
-        read_text("nowhere/wiki.raw")
+@pytest.mark.parametrize("source", ["nowhere/wiki.raw", "./wiki", "/wiki", "~/wiki", "wiki.jsonl"])
+def test_a_missing_file_is_refused(source):
+    with pytest.raises(InputError, match="no such text file"):
+        read_text(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "asked"),
+    [
+        ("ptb_text_only", "ptb_text_only", ("ptb_text_only", None, "test")),
+        ("owner/name.v1", "name_v1", ("owner/name.v1", None, "test")),
+        ("owner/wiki:wikitext-2.0", "wiki-wikitext-2_0", ("owner/wiki", "wikitext-2.0", "test")),
+        ("owner/wiki:raw:validation", "wiki-raw-validation", ("owner/wiki", "raw", "validation")),
+    ],
+)
+def test_whatever_does_not_look_like_a_file_is_the_test_split_of_a_data_set(monkeypatch, source, name, asked):
+    class Rows(dict):
+        column_names = ("text",)
+
+    calls = []
+
+    def load_dataset(path, config=None, split=None, **more):
+        calls.append((path, config, split))
+        return Rows(text=["one", "", "two"])
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    text = read_text(source)
+    assert (text.name, text.text) == (name, "one\n\n\n\ntwo")
+    assert calls == [asked]
 
 
 def test_two_texts_of_one_name_are_refused(tmp_path):

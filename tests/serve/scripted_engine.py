@@ -65,12 +65,12 @@ class ScriptedEngine:
 
     def _row(self, sequence):
         prompt = bytes(token for token in sequence.tokens[: sequence.prefilled] if token < 256)
+        if b"slow" in prompt:
+            time.sleep(0.02)
         if b"boom" in prompt:
             raise RuntimeError("boom")
         if b"break" in prompt:
             raise EngineBroken("it broke")
-        if b"slow" in prompt:
-            time.sleep(0.02)
         row = np.zeros(self.vocab_size, np.float32)
         if b"nan" in prompt:
             return row * np.nan

@@ -11,9 +11,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from llmlite.errors import InputError
 from llmlite.serve.engines import open_artifact
 from llmlite.serve.engines.base import CHUNK, ChatTemplateError
 from llmlite.serve.engines.chat_template import render
+from llmlite.serve.engines.transformers import Vocabulary
 from llmlite.serve.sampling import log_softmax
 from llmlite.serve.settings import ServeSettings
 from tests.serve.conftest import Running, running
@@ -207,7 +209,7 @@ def test_bos_stands_in_front_once(case, text):
     begin = tiny.tokenizer.bos_token_id
     wanted = wanted[1:] if wanted[:2] == [begin, begin] else wanted
     assert engine.encode(text) == wanted
-    answer = server.complete(text, max_tokens=1, echo=True, logprobs=0).json()
+    answer = server.complete(text, max_tokens=1, echo=True, logprobs=0, temperature=0).json()
     assert answer["usage"]["prompt_tokens"] == len(wanted)
     choice = answer["choices"][0]
     assert choice["text"].startswith(text)
@@ -330,3 +332,18 @@ def test_the_artifact_s_evals_and_name_are_served(tiny, tmp_path):
     opened = open_artifact(artifact, SETTINGS)
     assert opened.name == "smol-q4"
     assert opened.manifest == {"format": "gguf:f32", "evals": {"x": 1}}
+
+
+def test_added_tokens_are_their_own_letters(tmp_path):
+    directory = save_tiny("llama", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens(["ção"])
+    vocabulary = Vocabulary(tokenizer, directory)
+    (token,) = vocabulary.encode("ção")
+    assert vocabulary.token_bytes(token, special=False) == "ção".encode(), "not the bytes that GPT-2 writes so"
+
+
+def test_a_context_beyond_the_trained_one_is_refused_before_it_is_allocated(tiny, monkeypatch):
+    monkeypatch.setattr("llama_cpp.llama_init_from_model", lambda *_: pytest.fail("was allocated"))
+    with pytest.raises(InputError, match="context 1000000: this model was trained for 512 tokens at most"):
+        open_artifact(tiny("llama").gguf, ServeSettings(threads=1, parallel=2, context=1_000_000))

@@ -314,3 +314,10 @@ def test_requests_side_by_side_do_not_mix():
         for thread in threads:
             thread.join()
         assert found == {name: name * 30 for name in "abcdefgh"}
+
+
+def test_completions_have_openai_s_default_length(server):
+    choice = server.complete("say:" + "a" * 40, temperature=0).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a" * 16, "length")
+    full = server.complete("x" * 2043, temperature=0)
+    assert full.status_code == 200, "five tokens are left, and that is no error"

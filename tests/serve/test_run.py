@@ -37,7 +37,14 @@ def test_says_one_line_and_finishes_what_runs_on_sigterm(checkpoint):
     assert "context 512 tokens" in line
     url = line.split(" at ")[1]
     assert [model["id"] for model in httpx.get(f"{url}/models").json()["data"]] == ["tiny"]
-    body = {"model": "tiny", "prompt": "a", "seed": 1, "stream": True, "logit_bias": {"0": -100, "2": -100}}
+    body = {
+        "model": "tiny",
+        "prompt": "a",
+        "seed": 1,
+        "max_tokens": 400,
+        "stream": True,
+        "logit_bias": {"0": -100, "2": -100},
+    }
     with httpx.stream("POST", f"{url}/completions", json=body, timeout=30) as answer:
         lines = answer.iter_lines()
         next(lines)

@@ -64,6 +64,13 @@ def test_greedy_is_the_first_of_the_largest():
     assert {choose(logits, Sampling(temperature=1e-7, top_k=1), {}, generator(s, 0)) for s in range(5)} == {1}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("temperature", [1e-38, 1e-45, 1e-50, 5e-324])
+def test_temperatures_that_float32_hardly_holds_are_greedy(temperature):
+    logits = np.array([1, 2, 5, 3], np.float32)
+    assert [choose(logits, Sampling(temperature), {}, generator(s, 0)) for s in range(5)] == [2] * 5
+
+
 def test_penalties_and_bias_are_openais():
     logits = np.zeros(5, np.float32)
     sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25, logit_bias={3: 2.0, 0: -100.0})

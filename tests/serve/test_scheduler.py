@@ -172,6 +172,36 @@ def test_the_queue_is_bounded_and_says_when_to_come_again(start):
     assert (waiting.result(1), late.result()) == (("b", "stop"), ("c", "stop"))
 
 
+def test_the_queue_counts_the_sequences_of_the_newcomer(start):
+    engine = ScriptedEngine()
+    scheduler = start(engine, max_queue=2)
+    many = Client(scheduler, *["slow say:" + "x" * 50] * 4)  # more than may wait, but nobody does
+    wait_for(lambda: engine.calls)
+    scheduler.cancel(many.tickets[2:])
+    with pytest.raises(QueueFull):
+        Client(scheduler, "say:a", "say:b")
+    assert scheduler.ping().result(5) == {"running": 1, "waiting": 1}
+    Client(scheduler, "say:a")
+    assert scheduler.ping().result(5) == {"running": 1, "waiting": 2}
+
+
+def test_everybody_is_refused_by_an_exception_of_their_own(start):
+    scheduler = start(ScriptedEngine())
+    scheduler.drain()
+    refusals = [scheduler.ping().exception(), scheduler.ping().exception()]
+    for _ in range(2):
+        with pytest.raises(ShuttingDown) as refused:
+            Client(scheduler, "say:a")
+        refusals.append(refused.value)
+    assert len(set(map(id, refusals))) == 4
+
+    broken = start(ScriptedEngine())
+    both = Client(broken, "break", "say:b")
+    told = [both.result(0), both.result(1)]
+    assert [type(error) for error in told] == [EngineDead] * 2
+    assert told[0] is not told[1]
+
+
 def test_draining_finishes_requests_that_began_and_refuses_the_rest(start):
     engine = ScriptedEngine()
     scheduler = start(engine)
