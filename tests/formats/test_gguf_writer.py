@@ -1,11 +1,18 @@
 """A GGUF file declared first and filled in any order, read back by the package gguf."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 
-from llmlite.formats.gguf.types import encode
+from llmlite.checkpoint.checkpoint import open_checkpoint
+from llmlite.checkpoint.gguf_header import read_gguf
+from llmlite.errors import InputError
+from llmlite.formats.gguf.export import describe
+from llmlite.formats.gguf.types import encode, nbytes
 from llmlite.formats.gguf.writer import GgufWriter
+from tests.gguf_models import LlamaCpp, save_tiny
 
 gguf = pytest.importorskip("gguf")
 
@@ -51,3 +58,44 @@ def test_mistakes_are_caught(tmp_path):
     with pytest.raises(ValueError, match=r"never written: norm.weight, y.weight \(2 in all\)"):
         writer.close()
     writer.abandon()
+
+
+def test_a_file_opens_nowhere_before_close(tmp_path):
+    file = tmp_path / "m.gguf"
+    writer = GgufWriter(file, METADATA, LAYOUT)
+    for name, (kind, shape) in LAYOUT.items():
+        writer.write(name, encode(torch.ones(shape), kind))
+    with pytest.raises(InputError, match="not a GGUF file"):
+        read_gguf(file)
+    with pytest.raises(ValueError, match="magic"):
+        gguf.GGUFReader(file)
+    writer.close()
+    assert list(read_gguf(file).tensors) == list(LAYOUT)
+
+
+def test_llama_cpp_does_not_load_a_file_that_was_abandoned(tmp_path):
+    """Vocabulary only, so that a tiny header is enough: the closed file loads, the abandoned one does not."""
+    pytest.importorskip("llama_cpp")
+    for end in ("close", "abandon"):
+        checkpoint = open_checkpoint(save_tiny("llama", tmp_path / end))
+        layout = {"token_embd.weight": ("f32", (2, 64))}
+        writer = GgufWriter(tmp_path / f"{end}.gguf", describe(checkpoint).metadata, layout)
+        writer.write("token_embd.weight", np.zeros(2 * 64 * 4, dtype=np.uint8))
+        (writer.close if end == "close" else writer.abandon)()
+    LlamaCpp(tmp_path / "close.gguf", vocab_only=True).close()
+    with pytest.raises(AssertionError, match="does not load"):
+        LlamaCpp(tmp_path / "abandon.gguf", vocab_only=True)
+
+
+def test_a_disk_that_is_too_small_says_so_at_the_start(tmp_path, monkeypatch):
+    asked = []
+
+    def full(handle, start, size):
+        asked.append((start, size))
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        GgufWriter(tmp_path / "m.gguf", METADATA, LAYOUT)
+    assert asked[0][0] == 0
+    assert asked[0][1] > sum(nbytes(*spec) for spec in LAYOUT.values())

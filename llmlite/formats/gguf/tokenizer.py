@@ -14,7 +14,7 @@ from typing import Any
 
 from llmlite.checkpoint import pretokenizers
 from llmlite.checkpoint.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED
-from llmlite.errors import InputError
+from llmlite.errors import InputError, first_line
 from llmlite.formats.gguf.writer import Value
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
@@ -70,9 +70,9 @@ def _load(directory: Path) -> Any:
     if not (directory / "tokenizer.json").is_file() and not (directory / "tokenizer.model").is_file():
         raise InputError(f"{directory}: has neither tokenizer.json nor tokenizer.model, and a GGUF needs its tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{directory}: the tokenizer can't be loaded ({str(error).strip().splitlines()[0]})") from None
+        raise InputError(f"{directory}: the tokenizer can't be loaded ({first_line(error)})") from None
     if not tokenizer.is_fast:
         raise InputError(f"{directory}: the tokenizer has no tokenizer.json form; save it with transformers first")
     return tokenizer

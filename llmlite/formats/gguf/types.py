@@ -6,7 +6,6 @@ weights; every block carries its own float16 scale.
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
@@ -46,19 +45,9 @@ TYPES = {
 }
 
 
-def type_named(name: str) -> GgmlType:
-    """The row of a type, upper or lower case; `InputError` names the nearest known one."""
-    found = TYPES.get(name.lower())
-    if found is None:
-        near = difflib.get_close_matches(name.lower(), TYPES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(TYPES)}"
-        raise InputError(f"unknown GGUF tensor type {name!r}: {hint}")
-    return found
-
-
 def grid_of(name: str) -> IntegerGrid:
     """The grid that weights of this type lie on; ValueError for f32, f16 and bf16, which have none."""
-    grid = type_named(name).grid
+    grid = TYPES[name].grid
     if grid is None:
         raise ValueError(f"{name} is not a grid")
     return grid
@@ -66,7 +55,7 @@ def grid_of(name: str) -> IntegerGrid:
 
 def refusal(name: str, shape: tuple[int, ...]) -> str | None:
     """Why a tensor of this shape can't have this type, None if it can."""
-    kind = type_named(name)
+    kind = TYPES[name]
     if kind.grid is None:
         return None
     if len(shape) != 2:
@@ -81,7 +70,7 @@ def refusal(name: str, shape: tuple[int, ...]) -> str | None:
 
 def nbytes(name: str, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor's data, without the file's alignment."""
-    kind = type_named(name)
+    kind = TYPES[name]
     return math.prod(shape) // kind.block * kind.block_bytes
 
 
@@ -90,7 +79,7 @@ def encode(tensor: torch.Tensor, name: str) -> np.ndarray:
 
     Raises `InputError` for a value that f16 can't hold.
     """
-    kind = type_named(name)
+    kind = TYPES[name]
     assert kind.dtype is not None, f"{name} is a grid: round first, then pack"
     stored = tensor.detach().cpu().to(kind.dtype).contiguous()
     if kind.dtype == torch.float16 and not torch.isfinite(stored).all() and torch.isfinite(tensor).all():
@@ -103,7 +92,7 @@ def pack(rounded: Rounded, name: str) -> np.ndarray:
 
     Scales and minimums must be float16 values already, and groups must be neighbouring channels: ValueError.
     """
-    kind = type_named(name)
+    kind = TYPES[name]
     if kind.grid is None or (rounded.grid.bits, rounded.grid.group, rounded.grid.zero) != (
         kind.grid.bits, kind.grid.group, kind.grid.zero,
     ):  # fmt: skip
@@ -126,7 +115,7 @@ def pack(rounded: Rounded, name: str) -> np.ndarray:
 
 def unpack(data: np.ndarray, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """What a reader of the bytes computes with: float32, of the given shape."""
-    kind = type_named(name)
+    kind = TYPES[name]
     raw = torch.from_numpy(np.ascontiguousarray(data).reshape(-1).view(np.uint8).copy())
     if kind.dtype is not None:
         return raw.view(kind.dtype).float().reshape(shape)

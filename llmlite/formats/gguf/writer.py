@@ -13,18 +13,20 @@ from pathlib import Path
 import numpy as np
 
 from llmlite.extras import need
-from llmlite.formats.gguf.types import TYPES, nbytes, refusal, type_named
+from llmlite.formats.gguf.types import TYPES, nbytes, refusal
 
 Value = bool | int | float | str | list[bool] | list[int] | list[float] | list[str]
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION in ggml.h: the layout of the blocks in types.py
 ALIGNMENT = 32  # the format's default
+MAGIC = b"GGUF"
 
 
 class GgufWriter:
     """One GGUF file with ``metadata`` and the tensors of ``layout``: {gguf name: (type, shape)}, in its order.
 
     Shapes are in torch's order (out, in). Whole numbers in the metadata are stored as uint32, real ones as
-    float32. ``close`` raises ValueError if a declared tensor was never written.
+    float32. ``close`` raises ValueError if a declared tensor was never written. The file begins with its magic bytes
+    from ``close`` on only, so that what a killed run leaves behind opens nowhere.
     """
 
     def __init__(self, path: Path, metadata: Mapping[str, Value], layout: Mapping[str, tuple[str, tuple[int, ...]]]):
@@ -41,7 +43,12 @@ class GgufWriter:
             self._place[name] = position
             position += _padded(nbytes(kind, shape))
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed in close()
-        self._file.truncate(position)
+        try:
+            self._put(0, bytes(len(MAGIC)))
+            os.posix_fallocate(self._file.fileno(), 0, position)  # a disk that is too small says so now
+        except OSError:
+            self.abandon()
+            raise
 
     def write(self, name: str, data: np.ndarray) -> None:
         """Put the bytes of one declared tensor in their place; ValueError if they are not what was declared."""
@@ -53,16 +60,21 @@ class GgufWriter:
         wanted = nbytes(*self.layout[name])
         if len(raw) != wanted:
             raise ValueError(f"tensor {name!r} has {len(raw)} bytes, declared were {wanted}")
-        self._file.seek(self._place[name])
+        self._put(self._place[name], raw)
+        self._left.remove(name)
+
+    def _put(self, position: int, raw: bytes | memoryview) -> None:
+        self._file.seek(position)
         done = 0
         while done < len(raw):
             done += self._file.write(raw[done:])
-        self._left.remove(name)
 
     def close(self) -> None:
-        """Flush the file to the disk."""
+        """Flush the data to the disk, and then make it a GGUF file."""
         if self._left:
             raise ValueError(f"never written: {', '.join(sorted(self._left)[:5])} ({len(self._left)} in all)")
+        os.fsync(self._file.fileno())
+        self._put(0, MAGIC)
         os.fsync(self._file.fileno())
         self.abandon()
 
@@ -90,7 +102,7 @@ def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, V
     for kind, shape in layout.values():
         if len(shape) == 2:
             weights[kind] += shape[0] * shape[1]
-    head: dict[str, Value] = {"general.file_type": type_named(max(weights, key=lambda kind: weights[kind])).ftype}
+    head: dict[str, Value] = {"general.file_type": TYPES[max(weights, key=lambda kind: weights[kind])].ftype}
     if any(TYPES[kind].grid is not None for kind in weights):
         head["general.quantization_version"] = QUANTIZATION_VERSION
     return head
@@ -105,7 +117,7 @@ def _write_head(path: Path, metadata: Mapping[str, Value], layout: Mapping[str, 
         if key != "general.architecture":  # the writer has put it in first
             writer.add_key_value(key, value, _value_type(kinds, value))
     for name, (kind, shape) in layout.items():
-        number = gguf.GGMLQuantizationType(type_named(kind).number)
+        number = gguf.GGMLQuantizationType(TYPES[kind].number)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes(kind, shape), raw_dtype=number)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
