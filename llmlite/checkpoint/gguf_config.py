@@ -35,6 +35,7 @@ GEMMA3 = {
     "final_logit_softcapping",
 }
 GEMMA3_27B_LAYERS = 62  # llama.cpp knows the largest Gemma 3 by its depth, and scales its queries another way
+SMALLEST, LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 LLAMA3_ROPE = (1.0, 4.0, 8192)  # low and high frequency factor and original context of every Llama 3.1 to 3.3
 
 
@@ -56,8 +57,8 @@ class _Keys:
     def real(self, key: str, default: float | None = None) -> float:
         """A positive number, the shortest decimal of its float32; required where there is no default."""
         value = self.metadata.get(self.prefix + key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < np.inf:
-            raise InputError(f"{self.where}: {self.prefix}{key} is {value!r}; a positive number is right")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not SMALLEST <= value <= LARGEST:
+            raise InputError(f"{self.where}: {self.prefix}{key} is {value!r}; a positive number (float32) is right")
         return _shortest(value)
 
     def has(self, key: str) -> bool:
@@ -107,6 +108,11 @@ def import_config(source: GgufFile, family: Family) -> dict[str, Any]:
     for key in ("attention.value_length", "rope.dimension_count"):
         if keys.count(key, width) != width:
             raise InputError(f"{source.file}: {keys.prefix}{key} is {keys.count(key)} and a head has {width} channels")
+    if width % 2 or heads % config["num_key_value_heads"]:
+        raise InputError(
+            f"{source.file}: {heads} query heads, {config['num_key_value_heads']} key heads and {width} channels in "
+            "each; an even number of channels, and query heads that divide evenly among key heads, are right"
+        )
     rope = _rope(keys, source, config)
     if family.gguf == "llama":
         config["attention_bias"] = "blk.0.attn_q.bias" in source.tensors
@@ -175,13 +181,14 @@ def _llama3(source: GgufFile, theta: float, head_dim: int) -> dict[str, Any]:
         smooth = (1 / stored[ends].double() - 1 / factor) / (1 - 1 / factor)
         slope = ((smooth[0] - smooth[1]) / (turns[0] - turns[1])).item()
         offset = slope * turns[0].item() - smooth[0].item()
-        candidates.append(
-            {
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 1 + 1 / offset,
-                "original_max_position_embeddings": round(slope / offset),
-            }
-        )
+        if offset > 0 and 0 < slope / offset < 2**31:  # a context length
+            candidates.append(
+                {
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 1 + 1 / offset,
+                    "original_max_position_embeddings": round(slope / offset),
+                }
+            )
     for found in candidates:
         if torch.allclose(llama3_factors(rope | found, head_dim), stored, rtol=1e-4):
             return rope | found

@@ -87,8 +87,11 @@ def read_gguf(file: Path) -> GgufFile:
             metadata[key] = cursor.value(cursor.scalar(4))
         infos = [_info(cursor) for _ in range(cursor.counted(tensor_count, 24))]
         header_end = cursor.position
-    if metadata.get("split.count", 0) > 1:
-        raise InputError(f"{file}: is one of {metadata['split.count']} parts; join them with llama-gguf-split --merge")
+    parts = metadata.get("split.count", 0)
+    if not isinstance(parts, int):
+        raise InputError(f"{file}: split.count is {parts!r}; a whole number is right")
+    if parts > 1:
+        raise InputError(f"{file}: is one of {parts} parts; join them with llama-gguf-split --merge")
     return GgufFile(file, metadata, _place(file, size, infos, header_end, metadata.get("general.alignment", 32)))
 
 

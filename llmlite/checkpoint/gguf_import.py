@@ -13,7 +13,7 @@ import torch
 
 import llmlite
 from llmlite.checkpoint import gguf_names
-from llmlite.checkpoint.artifact import atomic_directory, refuse_existing, write_manifest
+from llmlite.checkpoint.artifact import atomic_directory, refuse_existing, refuse_full_disk, write_manifest
 from llmlite.checkpoint.checkpoint import expected_shapes
 from llmlite.checkpoint.families import Family, family_of_gguf
 from llmlite.checkpoint.gguf_config import import_config
@@ -32,31 +32,34 @@ def import_gguf(file: Path, out: Path, dtype: torch.dtype = torch.float32, reord
     """Write the model in ``file`` to the new directory ``out``, its weights dequantized and stored as ``dtype``.
 
     With ``reorder_seed`` the channels are reordered at random, exactly (see `reorder`). Needs memory for a few
-    copies of the largest tensor in float32. Raises `InputError` in one sentence for a file that is truncated, is of an
-    unknown architecture, lacks a tensor, or has a tokenizer or a setting that the checkpoint could not state.
+    copies of the largest tensor in float32. config.json comes last, so that what a killed run leaves behind opens
+    nowhere. Raises `InputError` in one sentence for a file that is truncated, is of an unknown architecture, lacks a
+    tensor, has a value that ``dtype`` can't hold, or a tokenizer or a setting that the checkpoint could not state.
     """
     refuse_existing(out)
     source = read_gguf(file)
     architecture = source.metadata.get("general.architecture")
     family = family_of_gguf(str(architecture), str(file))
+    _refuse_unreadable(source)
     config = import_config(source, family)
     members = _members(source, family, config)
-    _refuse_unreadable(source)
     tokenizer = import_tokenizer(source.metadata, str(file))
     rows = len(source.metadata["tokenizer.ggml.tokens"])
     if rows != config["vocab_size"]:
         raise InputError(f"{file}: lists {rows} tokens and the embedding has {config['vocab_size']} rows")
     config |= {"dtype": str(dtype).removeprefix("torch."), **_token_ids(tokenizer)}
     order = None if reorder_seed is None else random_order(family, config, reorder_seed)
+    layout = {name: TensorSpec(dtype, tensor.shape) for name, tensor in members.items()}
+    refuse_full_disk(out, sum(spec.nbytes for spec in layout.values()))
     with atomic_directory(out) as directory:
-        _write_json(directory / "config.json", config)
         _write_json(directory / "generation_config.json", _generation(tokenizer))
         tokenizer.save(directory)
-        _refuse_other_reading(directory, file)
-        layout = {name: TensorSpec(dtype, tensor.shape) for name, tensor in members.items()}
+        _refuse_other_reading(directory, config, file)
         with SafetensorsWriter(directory, layout) as writer:
             for name, tensor in members.items():
-                writer.write(name, _weight(name, tensor, family, config, order).to(dtype))
+                weight = _weight(name, tensor, family, config, order)
+                writer.write(name, _cast(weight, dtype, f"{file}: tensor {tensor.name!r}"))
+        _write_json(directory / "config.json", config)
         write_manifest(directory, _manifest(source, directory, reorder_seed))
 
 
@@ -93,13 +96,16 @@ def _refuse_unreadable(source: GgufFile) -> None:
             raise InputError(f"{source.file}: has tensors of type {name}, which can't be turned into floats") from None
 
 
-def _refuse_other_reading(directory: Path, file: Path) -> None:
+def _refuse_other_reading(directory: Path, config: dict[str, Any], file: Path) -> None:
     """`InputError` where transformers reads the tokenizer by rules of the model type and not by tokenizer.json."""
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
 
     written = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    read = AutoTokenizer.from_pretrained(directory).backend_tokenizer
+    model_type = directory / "config.json"  # where AutoTokenizer looks for it; gone again while the weights are written
+    _write_json(model_type, config)
+    read = AutoTokenizer.from_pretrained(directory, trust_remote_code=False).backend_tokenizer
+    model_type.unlink()
     if written.pre_tokenizer is None:
         same = written.encode(PROBE).ids == read.encode(PROBE).ids
     else:
@@ -122,6 +128,17 @@ def _weight(name: str, tensor: GgufTensor, family: Family, config: dict[str, Any
     if shift:
         weight = weight - shift
     return weight if order is None else order.apply(name, weight)
+
+
+def _cast(weight: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
+    stored = weight.to(dtype)
+    infinite = stored.isinf()
+    if infinite.any() and weight[infinite].isfinite().any():
+        largest = weight[weight.isfinite()].abs().max()
+        wider = "bfloat16 or float32" if dtype == torch.float16 else "float32"
+        short = str(dtype).removeprefix("torch.")
+        raise InputError(f"{where} holds a weight of magnitude {largest:.3g}, too large for {short}; use {wider}")
+    return stored
 
 
 def _token_ids(tokenizer: ImportedTokenizer) -> dict[str, Any]:

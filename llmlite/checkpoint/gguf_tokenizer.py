@@ -18,6 +18,13 @@ from llmlite.errors import InputError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama_token_type in llama.h
 SPACE = "▁"  # U+2581, SentencePiece's space
 NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+LISTS: dict[str, tuple[type, str]] = {
+    "tokenizer.ggml.tokens": (str, "a list of texts"),
+    "tokenizer.ggml.merges": (str, "a list of texts"),
+    "tokenizer.chat_templates": (str, "a list of names"),
+    "tokenizer.ggml.token_type": (int, "a list of whole numbers"),
+    "tokenizer.ggml.scores": (float, "a list of numbers"),
+}
 NO_LIMIT = int(1e30)  # what transformers writes where a tokenizer has no length of its own
 
 
@@ -50,6 +57,7 @@ def _write(file: Path, content: dict[str, Any]) -> None:
 
 def import_tokenizer(metadata: dict[str, Any], where: str) -> ImportedTokenizer:
     """The tokenizer that a GGUF's metadata describes; `InputError` for one that can't be given back exactly."""
+    _refuse_wrong_types(metadata, where)
     kind = metadata.get("tokenizer.ggml.model")
     tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
     if not isinstance(tokens, list) or not isinstance(types, list) or len(types) != len(tokens):
@@ -57,7 +65,7 @@ def import_tokenizer(metadata: dict[str, Any], where: str) -> ImportedTokenizer:
     ids = {}
     for name in NAMES.values():
         number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if isinstance(number, int) and number < len(tokens):
+        if number is not None and 0 <= number < len(tokens):
             ids[name] = number
     vocab = {t: i for i, (t, kind_) in enumerate(zip(tokens, types, strict=True)) if not _is_padding(t, kind_, i)}
     if kind == "gpt2":
@@ -92,6 +100,21 @@ def import_tokenizer(metadata: dict[str, Any], where: str) -> ImportedTokenizer:
         ids=ids,
         ends=_ends(metadata, ids, tokens, types),
     )
+
+
+def _refuse_wrong_types(metadata: dict[str, Any], where: str) -> None:
+    for key, value in metadata.items():
+        if key in LISTS:
+            kind, right = LISTS[key]
+            good = isinstance(value, list) and all(isinstance(member, kind) for member in value)
+        elif key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
+            good, right = isinstance(value, int), "a whole number"
+        elif key.startswith("tokenizer.chat_template"):
+            good, right = isinstance(value, str), "text"
+        else:
+            continue
+        if not good:
+            raise InputError(f"{where}: {key} is {str(value)[:40]!r}; {right} is right")
 
 
 def _is_padding(text: str, kind: int, number: int) -> bool:
@@ -237,4 +260,4 @@ def _ends(metadata: dict[str, Any], ids: dict[str, int], tokens: list[str], type
     """eos first, then whatever else llama.cpp takes for the end of a generation."""
     numbers = [ids.get("eos"), *(metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom"))]
     named = [i for i, t in enumerate(tokens) if types[i] == CONTROL and t in pretokenizers.END_TOKENS]
-    return list(dict.fromkeys(n for n in [*numbers, *named] if n is not None and n < len(tokens)))
+    return list(dict.fromkeys(n for n in [*numbers, *named] if n is not None and 0 <= n < len(tokens)))

@@ -8,8 +8,8 @@ from typing import Literal
 
 import torch
 
-from llmlite.checkpoint.artifact import refuse_existing
 from llmlite.checkpoint.gguf_import import import_gguf
+from llmlite.memory import keep_heap_small
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -32,5 +32,5 @@ class ImportSettings:
 
 def run_import(file: Path, out: Path, settings: ImportSettings) -> None:
     """Import ``file`` into the new directory ``out``."""
-    refuse_existing(out)
+    keep_heap_small()
     import_gguf(file, out, DTYPES[settings.dtype], settings.reorder)

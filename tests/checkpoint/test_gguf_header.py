@@ -1,11 +1,18 @@
 """Files that are not what they say: each refused in one sentence, and nothing is written."""
 
 import random
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from llmlite.checkpoint.gguf_header import read_gguf
+from llmlite.checkpoint import gguf_import
+from llmlite.checkpoint.families import family_of_gguf
+from llmlite.checkpoint.gguf_config import import_config
+from llmlite.checkpoint.gguf_header import GgufTensor, read_gguf
 from llmlite.checkpoint.gguf_import import import_gguf
+from llmlite.checkpoint.gguf_names import ROPE_FREQS
+from llmlite.checkpoint.gguf_tokenizer import import_tokenizer
 from llmlite.errors import InputError
 from tests.gguf_models import gguf_of, save_tiny
 
@@ -29,7 +36,7 @@ def rewritten(good, path, drop=(), tensors=None, **metadata):
         if key != "general.architecture" and value is not None:
             writer.add_key_value(key, value, types[0], types[1] if len(types) > 1 else None)
     for key, value in changes.items():
-        writer.add_uint32(key, value)
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(key, value)
     for tensor in reader.tensors:
         if tensor.name not in drop:
             writer.add_tensor(tensor.name, (tensors or {}).get(tensor.name, tensor.data))
@@ -106,6 +113,14 @@ def test_not_gguf(tmp_path):
         ({"qwen2__block_count": 4_000_000_000}, ["says 4000000000 layers"]),
         ({"qwen2__attention__head_count": None}, ["qwen2.attention.head_count is None"]),
         ({"qwen2__attention__head_count": 0}, ["qwen2.attention.head_count is 0"]),
+        ({"qwen2__attention__head_count_kv": 3}, ["3 key heads"]),
+        (
+            {
+                f"qwen2__{key}": 7
+                for key in ("attention__key_length", "attention__value_length", "rope__dimension_count")
+            },
+            ["an even number of channels"],
+        ),
         ({"qwen2__attention__value_length": 64}, ["value_length"]),
         ({"tokenizer__ggml__pre": "surprise"}, ["'surprise'", "smollm"]),
         ({"tokenizer__ggml__pre": "smollm"}, ["by other rules"]),
@@ -114,6 +129,7 @@ def test_not_gguf(tmp_path):
         ({"tokenizer__ggml__tokens": ["a"]}, ["tokenizer.ggml.tokens"]),
         ({"tokenizer__ggml__merges": ["a zz"]}, ["merge of 'a' and 'zz'"]),
         ({"split__count": 3}, ["3 parts"]),
+        ({"split__count": "three"}, ["split.count is 'three'"]),
         ({"drop": ("blk.1.ffn_up.weight",)}, ["'blk.1.ffn_up.weight' is missing"]),
         ({"drop": ("token_embd.weight",)}, ["'token_embd.weight' is missing"]),
     ],
@@ -122,3 +138,54 @@ def test_headers_that_do_not_fit_are_refused_in_one_sentence(good, tmp_path, cha
     message = refused(rewritten(good, tmp_path / "x.gguf", **change), tmp_path / "out")
     for word in words:
         assert word in message
+
+
+HOSTILE = (
+    None, True, False, 0, 1, -1, 3, 2**63, -0.0, 0.5, -1.5, 1e300, float("nan"), float("inf"), "", "x", "\ud7ff\x00/..",
+    [], [0], [-1], [2**40], [0.5, float("nan")], [True], [""], ["a", "b"], ["a b", "c"],
+)  # fmt: skip
+EXTRA = (
+    "qwen2.rope.scaling.type", "qwen2.rope.scaling.factor", "qwen2.rope.scale_linear", "tokenizer.chat_templates",
+    "qwen2.rope.scaling.original_context_length", "tokenizer.ggml.scores", "tokenizer.ggml.eot_token_id",
+    "tokenizer.chat_template.x", "tokenizer.ggml.unknown_token_id", "tokenizer.ggml.add_space_prefix",
+)  # fmt: skip
+
+
+def test_keys_of_any_type_are_an_input_error_or_harmless(good, tmp_path):
+    source = read_gguf(good)
+    family = family_of_gguf("qwen2", str(good))
+    messages = []
+    for key in (*source.metadata, *EXTRA):
+        for value in HOSTILE:
+            for others in ({}, {"tokenizer.ggml.model": "llama"}, {"tokenizer.chat_templates": ["x"]}):
+                changed = replace(source, metadata={**source.metadata, **others, key: value})
+                try:
+                    config = import_config(changed, family)
+                    if key.startswith("qwen2."):
+                        gguf_import._members(changed, family, config)
+                    tokenizer = import_tokenizer(changed.metadata, str(good))
+                    gguf_import._generation(tokenizer)
+                    if "chat" in key:
+                        tokenizer.save(tmp_path)
+                except InputError as error:
+                    messages.append(str(error))
+    assert len(messages) > 1000
+    assert not any("\n" in message for message in messages)
+
+
+@pytest.mark.parametrize("theta", [1.0, 1e4, 1e38])
+def test_rope_factors_of_any_value_are_an_input_error_or_llama3s(good, tmp_path, theta):
+    dice = np.random.default_rng(5)
+    source = read_gguf(good)
+    source.metadata["qwen2.rope.freq_base"] = theta
+    file = tmp_path / "factors"
+    messages = []
+    for trial in range(200):
+        factors = dice.choice([0, 1, 1.5, 2, 3, 4, 8, -1, 1e-38, 3e38, np.inf, np.nan], 8).astype(np.float32)
+        (np.sort(factors) if trial % 2 else factors).tofile(file)
+        tensors = {**source.tensors, ROPE_FREQS: GgufTensor(ROPE_FREQS, "f32", (8,), file, 0, 32)}
+        try:
+            import_config(replace(source, tensors=tensors), family_of_gguf("qwen2", str(good)))
+        except InputError as error:
+            messages.append(str(error))
+    assert len(messages) > 190
