@@ -140,9 +140,11 @@ def read_index(directory: Path) -> dict[str, TensorEntry]:
     lies in another shard than the index says, and one that stands in two shards.
     """
     index_file = directory / "model.safetensors.index.json"
+    single = directory / "model.safetensors"
+    if single.exists():  # transformers, too, looks for it first
+        return read_header(single)
     if not index_file.exists():
-        single = directory / "model.safetensors"
-        files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+        files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise InputError(_no_weights(directory))
         return _merge(files)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 
 from llmlite import __version__
@@ -28,6 +29,7 @@ from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.gguf_import import import_gguf
 from llmlite.errors import InputError, first_line
 from llmlite.memory import give_freed_memory_back, keep_heap_small
+from llmlite.plan.memory import working_memory
 from llmlite.plan.plan import Plan, PlanRow, SolverName, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
@@ -112,6 +114,7 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
             )
         rows = _calibration_rows(checkpoint, settings) if plan.calibrated else None
         _check_disk(out, checkpoint, plan, rows)
+        _tell_memory(checkpoint, plan)
         with atomic_directory(out) as directory:
             sink = open_sink(directory, checkpoint, plan, types)
             for note in sink.notes:
@@ -202,6 +205,15 @@ def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Row
 def _check_disk(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None) -> None:
     scratch = 0 if rows is None else 2 * rows.ids.size * checkpoint.config["hidden_size"] * 4
     refuse_full_disk(out, plan.bytes, scratch)
+
+
+def _tell_memory(checkpoint: Checkpoint, plan: Plan) -> None:
+    """Say what the work needs, and warn where the machine does not have it."""
+    needed = working_memory(checkpoint, plan, BATCH_TOKENS)
+    console.print(f"memory: about {needed / 2**20:,.0f} MiB at the peak, beside the program itself", style="dim")
+    free = psutil.virtual_memory().available
+    if needed > free:
+        console.print(f"warning: the machine has {free / 2**20:,.0f} MiB of memory free", style="yellow")
 
 
 class _Job:
