@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import sys
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,18 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
     transformers.utils.logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
-    _require_packages(path)
+    method = _require_packages(path)
     where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     try:
-        with redirect_stdout(sys.stderr):  # gptqmodel prints a banner and its log on standard output
+        # gptqmodel prints a banner and its log on standard output
+        with redirect_stdout(sys.stderr), _without_bars(method):
             tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
             )
+            if method == "compressed-tensors":  # it unpacks the weights at the first forward: that belongs to loading
+                with torch.no_grad():
+                    loaded[0](torch.zeros(1, 1, dtype=torch.long, device=loaded[0].device))
     except ImportError as error:
         raise InputError(f"{path}: a Python package that it needs is missing ({first_line(error)})") from None
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -56,8 +61,16 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
     return model.eval(), tokenizer
 
 
-def _require_packages(path: Path) -> None:
-    """`InputError` that names the extra, where transformers itself would end in a NameError (gptq) or less."""
+def _without_bars(method: str) -> AbstractContextManager:
+    """compressed-tensors draws its progress bars unconditionally, so nothing it writes on standard error is shown."""
+    return redirect_stderr(io.StringIO()) if method == "compressed-tensors" else nullcontext()
+
+
+def _require_packages(path: Path) -> str:
+    """The quantization method, "" for none.
+
+    `InputError` names the extra, where transformers itself would end in a NameError (gptq) or less.
+    """
     quantization = read_config(path).get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise InputError(f"{path}: config.json has a quantization_config that is not a JSON object")
@@ -71,6 +84,7 @@ def _require_packages(path: Path) -> None:
             )
     # bitsandbytes logs a line per layer and call: that float32 inputs are cast, which its format says already
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    return method
 
 
 def kv_bytes_per_token(model: Any) -> int:
