@@ -3,16 +3,13 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow check format clean
+.PHONY: demo test check format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python scripts/demo.py
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
-
-test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/ready
 	$(BIN)/ruff format --check .

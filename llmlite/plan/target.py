@@ -9,9 +9,10 @@ from difflib import get_close_matches
 import torch
 
 from llmlite.errors import InputError
+from llmlite.formats.gguf.types import TYPES
 from llmlite.quantize.types import IntegerGrid
 
-GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0", "q4_1")
+GGUF_TYPES = tuple(TYPES)
 BNB_TYPES = ("nf4", "int8")
 FORMATS = {
     "gguf": f"one of {', '.join(GGUF_TYPES)}",

@@ -38,10 +38,13 @@ class TypeTable(Protocol):
 
 @dataclass(frozen=True)
 class GgufTypes:
-    """GGUF: one-dimensional tensors are f32; with a 4-bit type the head stays at q8_0, as llama-quantize does."""
+    """GGUF: one-dimensional tensors are f32; with a 4-bit type the head stays at q8_0.
+
+    (llama-quantize keeps it at q6_K, and at q8_0 where 256 does not divide the width.)
+    """
 
     linear: str
-    rounded = frozenset({"q8_0", "q4_0", "q4_1"})
+    rounded = frozenset(name for name, kind in gguf.TYPES.items() if kind.grid is not None)
 
     @property
     def head(self) -> str:

@@ -12,7 +12,8 @@ def share_on_low_bit_grid(weight: torch.Tensor) -> float:
     """Of the runs of 32 neighbouring weights in a row, the share that takes at most 16 different values.
 
     ``weight`` float [out, in]. Next to 0 for a trained weight, even in bfloat16; next to 1 for one that was
-    dequantized from 4 bits or fewer with any group size that 16 divides. Runs of zeros do not count.
+    dequantized from 4 bits or fewer with any group size that 16 divides, as long as the groups are neighbours (GPTQ's
+    activation order scatters them). Runs of zeros do not count.
     """
     width = weight.shape[1]
     runs = weight[:, : width - width % GROUP].reshape(-1, GROUP)
