@@ -119,14 +119,17 @@ def picture(evaluations: Sequence[Evaluation], path: Path) -> None:
 
 
 def _points(axes, points: list[tuple[float, float, Evaluation]], label: str) -> None:
-    for engine, marker in (("llama.cpp", "o"), ("transformers", "s")):
+    # The engines' names stand on two sides of their points, which often lie close together.
+    for engine, marker, side, align in (("llama.cpp", "o", -8, "top"), ("transformers", "s", 8, "bottom")):
         own = [point for point in points if point[2].engine == engine]
         if own:
             axes.scatter([x for x, _, _ in own], [y for _, y, _ in own], marker=marker, label=engine)
-    for x, y, evaluation in points:
-        axes.annotate(evaluation.name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+        for x, y, evaluation in own:
+            at = {"textcoords": "offset points", "xytext": (0, side), "ha": "center", "va": align}
+            axes.annotate(evaluation.name, (x, y), fontsize=8, **at)
+    axes.margins(0.18)
     axes.set_xlabel("bytes on disk (MB)")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     if points:
-        axes.legend()
+        axes.legend(loc="center right")

@@ -1,6 +1,5 @@
 """Tiny random models with real tokenizers, and llama.cpp as the reader of their GGUF files."""
 
-import ctypes
 import json
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from llmlite.checkpoint import pretokenizers
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from llmlite.evals.llama import library
 from llmlite.formats.gguf.export import describe
 from llmlite.formats.gguf.types import encode
 from llmlite.formats.gguf.writer import GgufWriter
@@ -186,17 +186,12 @@ class LlamaCpp:
     """llama.cpp on a GGUF file: token ids, and logits with a float32 cache."""
 
     def __init__(self, path: Path, vocab_only: bool = False):
-        import llama_cpp
-
-        self.api = llama_cpp
-        self._quiet = llama_cpp.llama_log_callback(lambda *_: None)
-        llama_cpp.llama_log_set(self._quiet, ctypes.c_void_p(0))
-        llama_cpp.llama_backend_init()
-        settings = llama_cpp.llama_model_default_params()
+        self.api, _ = library()  # one log callback for the whole process: it must outlive every model
+        settings = self.api.llama_model_default_params()
         settings.vocab_only = vocab_only
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), settings)
+        self.model = self.api.llama_model_load_from_file(str(path).encode(), settings)
         assert self.model, f"llama.cpp does not load {path}"
-        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocab = self.api.llama_model_get_vocab(self.model)
 
     def tokenize(self, text: str, special: bool = True, add: bool = False) -> list[int]:
         raw = text.encode()

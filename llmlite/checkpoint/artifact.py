@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmlite.errors import InputError
+from llmlite.errors import InputError, OutsideError
 
 MANIFEST = "llmlite.json"
 GGUF_FILE = "model.gguf"  # the weights of a GGUF artifact
+DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SPARE_BYTES = 16 * 2**20  # for configs, tokenizer and the file system's own needs
 
 
@@ -40,8 +42,10 @@ def atomic_directory(out: Path) -> Iterator[Path]:
         _flush(partial)
         partial.rename(out)  # an empty directory in its place is replaced
         _flush_directory(out.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in DISK_FAILED:
+            raise OutsideError(f"{out}: can't be written ({error.strerror}); nothing of it was kept") from None
         raise
     finally:
         os.close(lock)
