@@ -30,41 +30,39 @@ def atomic_directory(out: Path) -> Iterator[Path]:
     """
     refuse_existing(out)
     out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.partial"
-    if partial.exists():
-        _remove_stale(partial, out)
-    partial.mkdir()
-    lock = os.open(partial, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield partial
-        _flush(partial)
-        partial.rename(out)  # an empty directory in its place is replaced
-        _flush_directory(out.parent)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in DISK_FAILED:
-            raise OutsideError(f"{out}: can't be written ({error.strerror}); nothing of it was kept") from None
-        raise
-    finally:
-        os.close(lock)
+    with _hidden_directory(out, "partial") as partial:
+        try:
+            yield partial
+            _flush(partial)
+            partial.rename(out)  # an empty directory in its place is replaced
+            _flush_directory(out.parent)
+        except OSError as error:
+            if error.errno in DISK_FAILED:
+                raise OutsideError(f"{out}: can't be written ({error.strerror}); nothing of it was kept") from None
+            raise
 
 
 @contextmanager
 def scratch_directory(out: Path) -> Iterator[Path]:
     """A hidden directory beside ``out`` for as long as the block runs; a killed run's is removed by the next one."""
-    scratch = out.resolve().parent / f".{out.name}.scratch"
-    scratch.parent.mkdir(parents=True, exist_ok=True)
-    if scratch.exists():
-        _remove_stale(scratch, out)
-    scratch.mkdir()
-    lock = os.open(scratch, os.O_RDONLY)
+    with _hidden_directory(out.resolve(), "scratch") as scratch:
+        yield scratch
+
+
+@contextmanager
+def _hidden_directory(out: Path, ending: str) -> Iterator[Path]:
+    """.NAME.ending beside ``out``, locked while the block runs and gone after it, unless the block moved it away."""
+    hidden = out.parent / f".{out.name}.{ending}"
+    hidden.parent.mkdir(parents=True, exist_ok=True)
+    if hidden.exists():
+        _remove_stale(hidden, out)
+    hidden.mkdir()
+    lock = os.open(hidden, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield scratch
+        yield hidden
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(hidden, ignore_errors=True)
         os.close(lock)
 
 
