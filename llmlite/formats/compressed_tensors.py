@@ -15,7 +15,7 @@ import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.formats.packing import pack_int32, unpack_int32, words
-from llmlite.quantize.types import IntegerGrid, Rounded
+from llmlite.quantize.types import Grid, Rounded
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class PackQuantized:
     def scale_dtype(self) -> torch.dtype:
         return self.dtype
 
-    def refusal(self, grid: IntegerGrid, shape: tuple[int, int]) -> str | None:
+    def refusal(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Why a weight of ``shape`` (out, in) on ``grid`` can't be held; None when it can."""
         _, width = shape
         if grid.bits not in (4, 8):
@@ -42,7 +42,7 @@ class PackQuantized:
             return f"a width of {width} does not divide into groups of {grid.group}"
         return None
 
-    def layout(self, module: str, grid: IntegerGrid, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def layout(self, module: str, grid: Grid, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The tensors of one linear layer."""
         out, width = shape
         groups = grid.groups(width)
@@ -74,7 +74,7 @@ class PackQuantized:
             tensors[f"{module}.weight_zero_point"] = zeros.T.contiguous()
         return tensors
 
-    def unpack(self, module: str, tensors: Mapping[str, torch.Tensor], grid: IntegerGrid) -> torch.Tensor:
+    def unpack(self, module: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> torch.Tensor:
         """The weight a reader computes with, float32 [out, in]: the product is rounded to the model's dtype."""
         out, width = tensors[f"{module}.weight_shape"].tolist()
         scales = tensors[f"{module}.weight_scale"]
@@ -88,7 +88,7 @@ class PackQuantized:
         steps = (codes.to(torch.int16) - zeros[..., None]).to(self.dtype)
         return (steps * scales[..., None]).view(out, width).float()
 
-    def config(self, grid: IntegerGrid, ignored: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, object]:
+    def config(self, grid: Grid, ignored: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, object]:
         """The ``quantization_config`` of config.json.
 
         ``ignored``: every linear module left in 16 bits, "lm_head" among them even where it is tied to the

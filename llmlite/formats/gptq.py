@@ -18,7 +18,7 @@ import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.formats.packing import pack_int32, unpack_int32, words
-from llmlite.quantize.types import IntegerGrid, Rounded
+from llmlite.quantize.types import Grid, Rounded
 
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # SUPPORTS_GROUP_SIZE of GPTQModel 7.7's portable kernel, beside -1
@@ -39,7 +39,7 @@ class Gptq:
     def scale_dtype(self) -> torch.dtype:
         return torch.float16
 
-    def refusal(self, grid: IntegerGrid, shape: tuple[int, int]) -> str | None:
+    def refusal(self, grid: Grid, shape: tuple[int, int]) -> str | None:
         """Why a weight of ``shape`` (out, in) on ``grid`` can't be held; None when it can."""
         out, width = shape
         if grid.bits not in BITS:
@@ -57,7 +57,7 @@ class Gptq:
             return f"GPTQ kernels read blocks of 32 channels, and {out} x {width} does not divide into them"
         return None
 
-    def layout(self, module: str, grid: IntegerGrid, shape: tuple[int, int]) -> dict[str, TensorSpec]:
+    def layout(self, module: str, grid: Grid, shape: tuple[int, int]) -> dict[str, TensorSpec]:
         """The tensors of one linear layer."""
         out, width = shape
         groups = grid.groups(width)
@@ -90,7 +90,7 @@ class Gptq:
             f"{module}.g_idx": index.to(torch.int32),
         }
 
-    def unpack(self, module: str, tensors: Mapping[str, torch.Tensor], grid: IntegerGrid) -> torch.Tensor:
+    def unpack(self, module: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> torch.Tensor:
         """The weight a reader computes with, float32 [out, in].
 
         GPTQModel 7.7 multiplies in float16 whatever dtype the model is loaded in, then casts to it.
@@ -104,7 +104,7 @@ class Gptq:
         weight = (scales[index] * steps).to(self.dtype)
         return weight.T.float().contiguous()
 
-    def config(self, grid: IntegerGrid, ignored: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, object]:
+    def config(self, grid: Grid, ignored: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, object]:
         """The ``quantization_config`` of config.json.
 
         ``ignored``: linear modules left in 16 bits. GPTQ readers skip lm_head by themselves; where a layer's own
@@ -132,6 +132,6 @@ class Gptq:
         return config
 
 
-def _zero_shift(grid: IntegerGrid) -> int:
+def _zero_shift(grid: Grid) -> int:
     """What "gptq" files subtract from a zero point and "gptq_v2" files do not."""
     return 1 if grid.zero == "symmetric" else 0

@@ -10,7 +10,7 @@ import torch
 
 from llmlite.errors import InputError
 from llmlite.formats.gguf.types import TYPES
-from llmlite.quantize.types import IntegerGrid
+from llmlite.quantize.types import Grid
 
 GGUF_TYPES = tuple(TYPES)
 BNB_TYPES = ("nf4", "int8")
@@ -41,10 +41,10 @@ class Target:
     def __str__(self) -> str:
         return f"{self.format}:{self.type}"
 
-    def grid(self, scale_dtype: torch.dtype) -> IntegerGrid:
+    def grid(self, scale_dtype: torch.dtype) -> Grid:
         """The grid of a gptq or compressed-tensors target, scales kept in ``scale_dtype``."""
         assert self.bits is not None
-        return IntegerGrid(self.bits, self.group, "symmetric" if self.symmetric else "integer", scale_dtype)
+        return Grid(self.bits, self.group, "symmetric" if self.symmetric else "integer", scale_dtype)
 
 
 def parse_target(text: str) -> Target:

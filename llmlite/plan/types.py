@@ -14,7 +14,7 @@ from llmlite.formats.compressed_tensors import PackQuantized
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gptq import Gptq
 from llmlite.plan.target import Target
-from llmlite.quantize.types import IntegerGrid
+from llmlite.quantize.types import Grid
 
 
 class TypeTable(Protocol):
@@ -75,7 +75,7 @@ class SafetensorsTypes:
     linear: str
     format: PackQuantized | Gptq | BitsAndBytes
     dtype: torch.dtype
-    grid: IntegerGrid | None
+    grid: Grid | None
 
     @property
     def head(self) -> str:

@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
-from llmlite.quantize.grid import codes_of, fit, values_of
+from llmlite.quantize.grid import codes_of, fit
 from llmlite.quantize.rtn import nearest, relative_error, row_errors, split_groups
-from llmlite.quantize.types import IntegerGrid, Moments, Rounded
+from llmlite.quantize.types import Grid, Moments, Ranges, Rounded, values_of
 
 ActOrder = Literal["none", "static", "group"]
 
@@ -36,7 +36,7 @@ class FeedbackSettings:
 
 
 def error_feedback(
-    weight: torch.Tensor, moments: Moments, grid: IntegerGrid, settings: FeedbackSettings = FeedbackSettings()
+    weight: torch.Tensor, moments: Moments, grid: Grid, settings: FeedbackSettings = FeedbackSettings()
 ) -> Rounded:
     """The weight [out, in] on the grid, rounded with feedback; moments over the same [in] channels.
 
@@ -65,7 +65,7 @@ def error_feedback(
         plain = _fitted(weight[:, order], importance[order], grid)
     codes = torch.empty_like(codes).index_copy_(1, order, codes)
     index = home if settings.act_order == "group" else None
-    return _keep_better(weight, Rounded(grid, codes, scales, offsets, index, 0.0), plain, moments)
+    return _keep_better(weight, Rounded(grid, codes, Ranges(scales, offsets), index), plain, moments)
 
 
 def _feedback_factor(moments: Moments, order: torch.Tensor, damping: float) -> torch.Tensor:
@@ -91,9 +91,7 @@ def _feedback_factor(moments: Moments, order: torch.Tensor, damping: float) -> t
     return torch.linalg.solve_triangular(root, eye, upper=True)
 
 
-def _fitted(
-    weight: torch.Tensor, importance: torch.Tensor, grid: IntegerGrid
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _fitted(weight: torch.Tensor, importance: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor | None]:
     groups = grid.groups(weight.shape[1])
     return fit(split_groups(weight, grid), grid, importance.reshape(groups, -1))
 
@@ -102,7 +100,7 @@ def _sweep(
     weight: torch.Tensor,
     upper: torch.Tensor,
     home: torch.Tensor,
-    grid: IntegerGrid,
+    grid: Grid,
     block: int,
     *,
     static: tuple[torch.Tensor, torch.Tensor | None] | None = None,
@@ -157,7 +155,7 @@ def _keep_better(
     rounded = nearest(weight[:, order], plain[0], plain[1], grid)
     plain_codes = torch.empty_like(solved.codes)
     plain_codes[:, order] = rounded.codes
-    other = Rounded(grid, plain_codes, plain[0], plain[1], solved.group_index, 0.0)
+    other = Rounded(grid, plain_codes, Ranges(*plain), solved.group_index)
     keep = row_errors(weight, solved.dequantize(), moments) <= row_errors(weight, other.dequantize(), moments)
     pick = keep[:, None]
     offsets = None
@@ -165,6 +163,6 @@ def _keep_better(
         offsets = torch.where(pick, solved.offsets, other.offsets)
     codes = torch.where(pick, solved.codes, other.codes)
     scales = torch.where(pick, solved.scales, other.scales)
-    merged = Rounded(grid, codes, scales, offsets, solved.group_index, 0.0)
+    merged = Rounded(grid, codes, Ranges(scales, offsets), solved.group_index)
     error = relative_error(weight, merged.dequantize(), moments)
-    return Rounded(grid, codes, scales, offsets, solved.group_index, error)
+    return Rounded(grid, codes, Ranges(scales, offsets), solved.group_index, error)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from llmlite.quantize.types import IntegerGrid
+from llmlite.quantize.types import Grid, values_of
 
 SHRINK = tuple(1 - 0.025 * step for step in range(21))  # 1.0 down to 0.5 of the full range
 
 
 def fit(
-    groups: torch.Tensor, grid: IntegerGrid, importance: torch.Tensor | None = None
+    groups: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales and offsets for weights [out, groups, group], float32.
 
@@ -37,7 +37,7 @@ def fit(
 
 
 def _from_range(
-    low: torch.Tensor, high: torch.Tensor, shrink: float, grid: IntegerGrid
+    low: torch.Tensor, high: torch.Tensor, shrink: float, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     steps = grid.levels - 1
     if grid.zero == "minimum":
@@ -54,7 +54,7 @@ def _from_range(
     return _stored(torch.maximum(high.abs(), low.abs()) * shrink / divisor, grid), None
 
 
-def _stored(values: torch.Tensor, grid: IntegerGrid) -> torch.Tensor:
+def _stored(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     return values.to(grid.scale_dtype).float()
 
 
@@ -64,7 +64,7 @@ def _inverse(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _weighted_error(
-    groups: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, grid: IntegerGrid, importance: torch.Tensor
+    groups: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, grid: Grid, importance: torch.Tensor
 ) -> torch.Tensor:
     scale = scale[..., None]
     offset = None if offset is None else offset[..., None]
@@ -72,7 +72,7 @@ def _weighted_error(
     return rest.square_().mul_(importance).sum(-1)
 
 
-def codes_of(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, grid: IntegerGrid) -> torch.Tensor:
+def codes_of(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, grid: Grid) -> torch.Tensor:
     """The nearest code of each weight, as whole numbers in float32; scale and offset broadcast against it."""
     if grid.zero == "minimum":
         assert offset is not None
@@ -81,11 +81,3 @@ def codes_of(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | N
         codes = weight * _inverse(scale) + (grid.levels // 2 if offset is None else offset)
     low = 1 if grid.scale_rule == "narrow" else 0
     return codes.round_().clamp_(low, grid.levels - 1)
-
-
-def values_of(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, grid: IntegerGrid) -> torch.Tensor:
-    """What the codes stand for, float32; scale and offset broadcast against them."""
-    if grid.zero == "minimum":
-        assert offset is not None
-        return codes * scale + offset
-    return (codes - (grid.levels // 2 if offset is None else offset)) * scale

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from llmlite.quantize.grid import codes_of, fit
-from llmlite.quantize.types import IntegerGrid, Moments, Rounded
+from llmlite.quantize.types import Grid, Moments, Ranges, Rounded
 
 PIECE = 2**24  # weights rounded at a time: a large head needs no more than its codes
 
 
-def round_to_nearest(weight: torch.Tensor, moments: Moments | None, grid: IntegerGrid) -> Rounded:
+def round_to_nearest(weight: torch.Tensor, moments: Moments | None, grid: Grid) -> Rounded:
     """Each weight on the nearest value of its group's grid; the range is each group's extremes.
 
     ``weight`` float [out, in]; ``moments`` are used for the reported error only.
@@ -25,22 +25,27 @@ def round_to_nearest(weight: torch.Tensor, moments: Moments | None, grid: Intege
         lost += row_errors(part, piece.dequantize(), moments).sum().item()
         whole += row_errors(part, torch.zeros_like(part), moments).sum().item()
         pieces.append(piece)
-    offsets = None if grid.zero == "symmetric" else torch.cat([p.offsets for p in pieces if p.offsets is not None])
-    codes, scales = torch.cat([p.codes for p in pieces]), torch.cat([p.scales for p in pieces])
-    return Rounded(grid, codes, scales, offsets, None, lost / whole if whole > 0 else 0.0)
+    ranges = stack_ranges([piece.ranges for piece in pieces])
+    return Rounded(grid, torch.cat([p.codes for p in pieces]), ranges, None, lost / whole if whole > 0 else 0.0)
 
 
-def split_groups(weight: torch.Tensor, grid: IntegerGrid) -> torch.Tensor:
+def stack_ranges(parts: list[Ranges]) -> Ranges:
+    """The ranges of a weight from those of its pieces, one below the other."""
+    columns = zip(*(part.tensors() for part in parts), strict=True)
+    return Ranges(*(None if column[0] is None else torch.cat(column) for column in columns))  # type: ignore[arg-type]
+
+
+def split_groups(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """[out, in] -> [out, groups, group]."""
     rows, width = weight.shape
     return weight.reshape(rows, grid.groups(width), -1)
 
 
-def nearest(weight: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, grid: IntegerGrid) -> Rounded:
+def nearest(weight: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor | None, grid: Grid) -> Rounded:
     """Round onto scales and offsets [out, groups] that are already chosen; the error is left at 0."""
     groups = split_groups(weight, grid)
     codes = codes_of(groups, scales[..., None], None if offsets is None else offsets[..., None], grid)
-    return Rounded(grid, codes.to(torch.uint8).reshape(weight.shape), scales, offsets, None, 0.0)
+    return Rounded(grid, codes.to(torch.uint8).reshape(weight.shape), Ranges(scales, offsets))
 
 
 def row_errors(weight: torch.Tensor, values: torch.Tensor, moments: Moments | None) -> torch.Tensor:

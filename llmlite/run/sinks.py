@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +18,7 @@ from llmlite.formats.gguf.export import describe
 from llmlite.formats.gguf.writer import GgufWriter
 from llmlite.plan.plan import Plan, PlanRow
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
-from llmlite.quantize.types import IntegerGrid, Rounded
+from llmlite.quantize.types import Grid, Rounded
 
 
 class Sink(Protocol):
@@ -30,7 +29,7 @@ class Sink(Protocol):
 
     notes: tuple[str, ...]
 
-    def grid(self, row: PlanRow) -> IntegerGrid | None: ...
+    def grid(self, row: PlanRow) -> Grid | None: ...
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None: ...
     def rounded(self, row: PlanRow, rounded: Rounded) -> None: ...
     def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor: ...
@@ -54,7 +53,7 @@ class SafetensorsSink:
                 layout[row.name] = types.layout(row.module, row.type, row.shape)[f"{row.module}.weight"]
         self._writer = SafetensorsWriter(directory, layout)
 
-    def grid(self, row: PlanRow) -> IntegerGrid | None:
+    def grid(self, row: PlanRow) -> Grid | None:
         return self.types.grid if row.type == self.types.linear else None
 
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None:
@@ -112,7 +111,7 @@ class GgufSink:
         self._writer = GgufWriter(directory / GGUF_FILE, self._model.metadata, layout)
         self._extra = extra
 
-    def grid(self, row: PlanRow) -> IntegerGrid | None:
+    def grid(self, row: PlanRow) -> Grid | None:
         return gguf.grid_of(row.type) if row.type in GgufTypes.rounded else None
 
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None:
@@ -122,8 +121,7 @@ class GgufSink:
     def rounded(self, row: PlanRow, rounded: Rounded) -> None:
         order = self._model.rows(row.name)
         if order is not None:  # rows are rounded each on its own, so their order can change afterwards
-            offsets = None if rounded.offsets is None else rounded.offsets[order]
-            rounded = replace(rounded, codes=rounded.codes[order], scales=rounded.scales[order], offsets=offsets)
+            rounded = rounded.map(lambda part: part[order])
         self._writer.write(self._model.gguf_name(row.name), gguf.pack(rounded, row.type))
 
     def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor:

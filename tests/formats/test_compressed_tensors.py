@@ -10,7 +10,7 @@ import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.formats.compressed_tensors import PackQuantized
-from llmlite.quantize.types import IntegerGrid
+from llmlite.quantize.types import Grid
 from tests.formats.tiny_models import (
     linears,
     read_elsewhere,
@@ -29,18 +29,16 @@ class Case:
     name: str
     model_type: str
     dtype: torch.dtype
-    grid: IntegerGrid
+    grid: Grid
     left: str = ""  # a module inside a layer that stays in 16 bits
 
 
 CASES = [
-    Case("w4g32 symmetric float32", "llama", F32, IntegerGrid(4, 32, scale_dtype=F32)),
-    Case("w4g64 asymmetric bfloat16", "qwen3", BF16, IntegerGrid(4, 64, "integer", BF16)),
-    Case("w4 channel asymmetric float16", "qwen2", F16, IntegerGrid(4, None, "integer", F16)),
-    Case("w8 channel symmetric bfloat16", "llama", BF16, IntegerGrid(8, None, "symmetric", BF16)),
-    Case(
-        "w8g128 asymmetric float32", "qwen3", F32, IntegerGrid(8, 128, "integer", F32), "model.layers.1.mlp.down_proj"
-    ),
+    Case("w4g32 symmetric float32", "llama", F32, Grid(4, 32, scale_dtype=F32)),
+    Case("w4g64 asymmetric bfloat16", "qwen3", BF16, Grid(4, 64, "integer", BF16)),
+    Case("w4 channel asymmetric float16", "qwen2", F16, Grid(4, None, "integer", F16)),
+    Case("w8 channel symmetric bfloat16", "llama", BF16, Grid(8, None, "symmetric", BF16)),
+    Case("w8g128 asymmetric float32", "qwen3", F32, Grid(8, 128, "integer", F32), "model.layers.1.mlp.down_proj"),
 ]
 
 
@@ -85,7 +83,7 @@ def test_bytes_are_those_of_the_library(bits: int, zero: str) -> None:
     from compressed_tensors.quantization import QuantizationConfig
 
     torch.manual_seed(0)
-    grid = IntegerGrid(bits, 32, zero, F32)  # type: ignore[arg-type]
+    grid = Grid(bits, 32, zero, F32)  # type: ignore[arg-type]
     weight = torch.randn(44, 96)  # 44 zero points fill no whole number of words
     rounded = round_to_nearest(weight, grid)
     form = PackQuantized(F32)
@@ -110,7 +108,7 @@ def test_bytes_are_those_of_the_library(bits: int, zero: str) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_round_trip_and_layout(bits: int, zero: str, group: int | None, dtype: torch.dtype) -> None:
     torch.manual_seed(1)
-    grid = IntegerGrid(bits, group, zero, dtype)  # type: ignore[arg-type]
+    grid = Grid(bits, group, zero, dtype)  # type: ignore[arg-type]
     rounded = round_to_nearest(torch.randn(40, 96), grid)
     form = PackQuantized(dtype)
     assert form.refusal(grid, (40, 96)) is None
@@ -123,9 +121,7 @@ def test_round_trip_and_layout(bits: int, zero: str, group: int | None, dtype: t
 @pytest.mark.parametrize(("group", "strategy"), [(128, "group"), (None, "channel")])
 def test_config_is_what_the_library_validates(group: int | None, strategy: str) -> None:
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    written = PackQuantized(BF16).config(
-        IntegerGrid(4, group, "integer", BF16), ["lm_head", "model.layers.0.mlp.up_proj"]
-    )
+    written = PackQuantized(BF16).config(Grid(4, group, "integer", BF16), ["lm_head", "model.layers.0.mlp.up_proj"])
     config = quantization.QuantizationConfig.model_validate(written)
     scheme = config.config_groups["group_0"]
     assert config.format == "pack-quantized"
@@ -138,7 +134,7 @@ def test_config_is_what_the_library_validates(group: int | None, strategy: str) 
 
 def test_refusals() -> None:
     form = PackQuantized(BF16)
-    good = IntegerGrid(4, 64, "symmetric", BF16)
+    good = Grid(4, 64, "symmetric", BF16)
     assert form.refusal(good, (33, 576)) is None
     for grid, shape, word in [
         (replace(good, bits=3), (64, 576), "4 or 8 bits"),
@@ -150,10 +146,10 @@ def test_refusals() -> None:
 
 
 def test_pack_refuses_what_the_file_would_change() -> None:
-    grid = IntegerGrid(4, 32, "symmetric", F16)
+    grid = Grid(4, 32, "symmetric", F16)
     rounded = round_to_nearest(torch.randn(8, 64), grid)
     with pytest.raises(ValueError, match="not rounded"):
-        PackQuantized(F16).pack("m", replace(rounded, scales=rounded.scales * 1.0001))
+        PackQuantized(F16).pack("m", replace(rounded, ranges=Ranges(rounded.scales * 1.0001)))
     with pytest.raises(ValueError, match="do not fit"):
         PackQuantized(F16).pack("m", replace(rounded, codes=rounded.codes + 1))
     with pytest.raises(ValueError, match="g_idx"):

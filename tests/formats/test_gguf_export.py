@@ -13,7 +13,7 @@ from llmlite.errors import InputError
 from llmlite.formats.gguf.export import describe
 from llmlite.formats.gguf.types import TYPES, encode, grid_of, pack, unpack
 from llmlite.formats.gguf.writer import GgufWriter
-from llmlite.quantize.types import Rounded
+from llmlite.quantize.types import Ranges, Rounded
 from tests.gguf_models import (
     CHATS,
     CONFIGS,
@@ -81,7 +81,7 @@ def nearest(weight: torch.Tensor, kind: str) -> Rounded:
         scales, offsets = (groups.abs().amax(-1) / (grid.levels // 2 - 1)).half().float(), None
         codes = groups / scales[..., None] + grid.levels // 2
     codes = codes.round().clamp(0, grid.levels - 1).to(torch.uint8).reshape(weight.shape)
-    return Rounded(grid, codes, scales, offsets, None, 0.0)
+    return Rounded(grid, codes, Ranges(scales, offsets))
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -6,7 +6,7 @@ import torch
 
 from llmlite.errors import InputError
 from llmlite.formats.gguf.types import TYPES, encode, grid_of, nbytes, pack, refusal, unpack
-from llmlite.quantize.types import IntegerGrid, Rounded
+from llmlite.quantize.types import Grid, Ranges, Rounded
 
 gguf = pytest.importorskip("gguf")
 
@@ -21,7 +21,7 @@ def random_rounded(name: str, rows: int = 5, width: int = 96) -> Rounded:
     codes = torch.randint(0, grid.levels, (rows, width), dtype=torch.uint8)
     scales = (torch.randn(rows, width // 32) * 0.1).half().float()
     offsets = torch.randn(rows, width // 32).half().float() if grid.zero == "minimum" else None
-    return Rounded(grid, codes, scales, offsets, None, 0.0)
+    return Rounded(grid, codes, Ranges(scales, offsets))
 
 
 def reference(data: np.ndarray, name: str) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_golden_bytes(name):
         body = bytes((n - 128) % 256 for n in range(32)).hex()
     else:
         body = bytes(n | n << 4 for n in range(16)).hex()
-    data = pack(Rounded(grid, codes, torch.tensor([[0.5]]), offsets, None, 0.0), name)
+    data = pack(Rounded(grid, codes, Ranges(torch.tensor([[0.5]]), offsets)), name)
     assert data.tobytes().hex() == head + body
 
 
@@ -86,14 +86,14 @@ def test_what_a_type_cannot_hold_is_not_packed():
     with pytest.raises(ValueError, match="not the grid"):
         pack(rounded, "q4_1")
     with pytest.raises(ValueError, match="float16"):
-        pack(Rounded(rounded.grid, rounded.codes, rounded.scales + 1e-5, None, None, 0.0), "q4_0")
+        pack(Rounded(rounded.grid, rounded.codes, Ranges(rounded.scales + 1e-5)), "q4_0")
     index = torch.arange(96) // 32
     with pytest.raises(ValueError, match="group index"):
-        pack(Rounded(rounded.grid, rounded.codes, rounded.scales, None, index, 0.0), "q4_0")
+        pack(Rounded(rounded.grid, rounded.codes, rounded.ranges, index), "q4_0")
 
 
 def test_a_grid_of_another_group_is_refused():
     codes = torch.zeros(2, 128, dtype=torch.uint8)
-    rounded = Rounded(IntegerGrid(4, 128, scale_rule="signed"), codes, torch.ones(2, 1), None, None, 0.0)
+    rounded = Rounded(Grid(4, 128, scale_rule="signed"), codes, Ranges(torch.ones(2, 1)))
     with pytest.raises(ValueError, match="not the grid"):
         pack(rounded, "q4_0")

@@ -15,7 +15,7 @@ import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.formats.gptq import Gptq
-from llmlite.quantize.types import IntegerGrid, Rounded
+from llmlite.quantize.types import Grid, Ranges, Rounded
 from tests.formats.tiny_models import (
     linears,
     read_elsewhere,
@@ -34,24 +34,24 @@ class Case:
     name: str
     model_type: str
     dtype: torch.dtype
-    grid: IntegerGrid
+    grid: Grid
     act_order: bool = False
     left: str = ""  # a module inside a layer that stays in 16 bits
 
 
 CASES = [
-    Case("w2g16 asymmetric", "llama", F32, IntegerGrid(2, 16, "integer")),
-    Case("w3g32 symmetric act-order", "llama", F32, IntegerGrid(3, 32), act_order=True),
-    Case("w3 channel asymmetric", "qwen2", F32, IntegerGrid(3, None, "integer")),
-    Case("w4g32 symmetric", "llama", F32, IntegerGrid(4, 32)),
-    Case("w4g64 asymmetric act-order", "qwen3", F32, IntegerGrid(4, 64, "integer"), act_order=True),
-    Case("w4g16 symmetric", "llama", F32, IntegerGrid(4, 16)),
-    Case("w4 channel asymmetric", "qwen2", F32, IntegerGrid(4, None, "integer")),
-    Case("w8g128 symmetric", "llama", F32, IntegerGrid(8, 128)),
-    Case("w8 channel asymmetric", "qwen3", F32, IntegerGrid(8, None, "integer"), left="model.layers.1.mlp.down_proj"),
-    Case("w4g32 float16", "llama", F16, IntegerGrid(4, 32)),
-    Case("w4g32 bfloat16", "llama", BF16, IntegerGrid(4, 32)),
-    Case("w8g32 bfloat16", "llama", BF16, IntegerGrid(8, 32)),
+    Case("w2g16 asymmetric", "llama", F32, Grid(2, 16, "integer")),
+    Case("w3g32 symmetric act-order", "llama", F32, Grid(3, 32), act_order=True),
+    Case("w3 channel asymmetric", "qwen2", F32, Grid(3, None, "integer")),
+    Case("w4g32 symmetric", "llama", F32, Grid(4, 32)),
+    Case("w4g64 asymmetric act-order", "qwen3", F32, Grid(4, 64, "integer"), act_order=True),
+    Case("w4g16 symmetric", "llama", F32, Grid(4, 16)),
+    Case("w4 channel asymmetric", "qwen2", F32, Grid(4, None, "integer")),
+    Case("w8g128 symmetric", "llama", F32, Grid(8, 128)),
+    Case("w8 channel asymmetric", "qwen3", F32, Grid(8, None, "integer"), left="model.layers.1.mlp.down_proj"),
+    Case("w4g32 float16", "llama", F16, Grid(4, 32)),
+    Case("w4g32 bfloat16", "llama", BF16, Grid(4, 32)),
+    Case("w8g32 bfloat16", "llama", BF16, Grid(8, 32)),
 ]
 # In float32 the layers are plain products of the same numbers (0 measured). Else the kernels may sum in another order
 # than torch's plain layer (0.0011 measured), and the AVX-512 one rounds the scales to bfloat16 (0.0145 measured).
@@ -107,12 +107,12 @@ GOLDEN = [(bits, zero) for bits in (2, 3, 4, 8) for zero in ("symmetric", "integ
 
 def golden_rounded(bits: int, zero: str) -> Rounded:
     """A weight of 32 x 64 on a grid, the same on every machine; on the asymmetric one with zero points of 0."""
-    grid = IntegerGrid(bits, 16, zero)  # type: ignore[arg-type]
+    grid = Grid(bits, 16, zero)  # type: ignore[arg-type]
     rows, columns, groups = torch.arange(32)[:, None], torch.arange(64)[None], torch.arange(4)[None]
     codes = (rows * 7 + columns * 5 + rows * columns // 3) % grid.levels
     scales = (1 + (rows + groups) % 5) / 64
     zeros = ((rows + 3 * groups) % grid.levels).float() if zero == "integer" else None
-    return Rounded(grid, codes.to(torch.uint8), scales, zeros, (torch.arange(64) * 11 % 64) // 16, 0.0)
+    return Rounded(grid, codes.to(torch.uint8), Ranges(scales, zeros), (torch.arange(64) * 11 % 64) // 16)
 
 
 def packed_by_gptqmodel(bits: int, zero: str) -> dict[str, torch.Tensor]:
@@ -177,7 +177,7 @@ def test_slow_reader_sees_the_rounded_weight(bits: int, zero: str) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_round_trip_and_layout(bits: int, zero: str, group: int | None) -> None:
     torch.manual_seed(1)
-    grid = IntegerGrid(bits, group, zero)  # type: ignore[arg-type]
+    grid = Grid(bits, group, zero)  # type: ignore[arg-type]
     form = Gptq(F32)
     assert form.refusal(grid, (96, 384)) is None
     rounded = round_to_nearest(torch.randn(96, 384), grid)
@@ -190,7 +190,7 @@ def test_round_trip_and_layout(bits: int, zero: str, group: int | None) -> None:
 def test_config_names_the_quantized_modules_only_where_some_are_left() -> None:
     from transformers import GPTQConfig
 
-    form, grid = Gptq(F16), IntegerGrid(4, 128)
+    form, grid = Gptq(F16), Grid(4, 128)
     config = form.config(grid, ["lm_head"])
     assert "modules_in_block_to_quantize" not in config
     parsed = GPTQConfig.from_dict(config)
@@ -204,7 +204,7 @@ def test_config_names_the_quantized_modules_only_where_some_are_left() -> None:
 
 
 def test_refusals() -> None:
-    form, good = Gptq(BF16), IntegerGrid(4, 64)
+    form, good = Gptq(BF16), Grid(4, 64)
     assert form.refusal(good, (192, 576)) is None
     for grid, shape, word in [
         (replace(good, bits=5), (192, 576), "2, 3, 4 or 8 bits"),
@@ -219,9 +219,9 @@ def test_refusals() -> None:
 
 
 def test_pack_refuses_what_the_file_would_change() -> None:
-    rounded = round_to_nearest(torch.randn(32, 64), IntegerGrid(3, 32))
+    rounded = round_to_nearest(torch.randn(32, 64), Grid(3, 32))
     with pytest.raises(ValueError, match="not rounded"):
-        Gptq().pack("m", replace(rounded, scales=rounded.scales * 1.0001))
+        Gptq().pack("m", replace(rounded, ranges=Ranges(rounded.scales * 1.0001)))
     with pytest.raises(ValueError, match="do not fit"):
         Gptq().pack("m", replace(rounded, codes=rounded.codes + 1))
     with pytest.raises(ValueError, match="activation order"):

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from llmlite.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
-from llmlite.quantize.types import IntegerGrid, Rounded
+from llmlite.quantize.types import Grid, Ranges, Rounded
 
 IDS = [[(7 * i * i + 3 * i + 1) % 256 for i in range(48)]]
 
@@ -88,7 +88,7 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"}
 
 
-def round_to_nearest(weight: torch.Tensor, grid: IntegerGrid, group_index: torch.Tensor | None = None) -> Rounded:
+def round_to_nearest(weight: torch.Tensor, grid: Grid, group_index: torch.Tensor | None = None) -> Rounded:
     """Plain rounding on a symmetric ("half") or integer grid, groups where ``group_index`` says."""
     out, width = weight.shape
     index = group_index
@@ -108,7 +108,7 @@ def round_to_nearest(weight: torch.Tensor, grid: IntegerGrid, group_index: torch
     scales = scales.to(grid.scale_dtype).float()
     codes = (weight.float() / scales[:, index] + zeros[:, index]).round().clamp(0, grid.levels - 1).to(torch.uint8)
     offsets = None if grid.zero == "symmetric" else zeros
-    return Rounded(grid, codes, scales, offsets, group_index, 0.0)
+    return Rounded(grid, codes, Ranges(scales, offsets), group_index)
 
 
 def write_artifact(

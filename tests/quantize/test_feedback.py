@@ -4,7 +4,7 @@ import torch
 from llmlite.quantize.feedback import FeedbackSettings, error_feedback
 from llmlite.quantize.grid import codes_of, fit, values_of
 from llmlite.quantize.rtn import relative_error, round_to_nearest, row_errors
-from llmlite.quantize.types import IntegerGrid, Moments
+from llmlite.quantize.types import Grid, Moments
 
 WIDTH, ROWS = 96, 8
 
@@ -61,15 +61,15 @@ def dense_feedback(weight, moments, grid, order_name, damping):
 @pytest.mark.parametrize(
     "grid",
     [
-        IntegerGrid(4, 32),
-        IntegerGrid(3, 32, "integer"),
-        IntegerGrid(4, 32, "minimum"),
-        IntegerGrid(4, 32, scale_rule="signed"),
-        IntegerGrid(4, None),
+        Grid(4, 32),
+        Grid(3, 32, "integer"),
+        Grid(4, 32, "minimum"),
+        Grid(4, 32, scale_rule="signed"),
+        Grid(4, None),
     ],
     ids=str,
 )
-def test_equals_the_dense_derivation_over_three_groups(order: str, grid: IntegerGrid):
+def test_equals_the_dense_derivation_over_three_groups(order: str, grid: Grid):
     weight, moments = problem()
     want = dense_feedback(weight, moments, grid, "static" if grid.group is None and order == "group" else order, 0.01)
     plain = row_errors(weight, round_to_nearest(weight, None, grid).dequantize(), moments)
@@ -86,7 +86,7 @@ def test_equals_the_dense_derivation_over_three_groups(order: str, grid: Integer
 @pytest.mark.parametrize("block", [32, 64, 96, 7])
 def test_the_block_size_changes_nothing(block: int):
     weight, moments = problem(3)
-    grid = IntegerGrid(4, 32)
+    grid = Grid(4, 32)
     a = error_feedback(weight, moments, grid, FeedbackSettings("static", block=block))
     b = error_feedback(weight, moments, grid, FeedbackSettings("static", block=96))
     assert torch.equal(a.codes, b.codes)
@@ -97,7 +97,7 @@ def test_the_block_size_changes_nothing(block: int):
 def test_never_worse_than_round_to_nearest_row_by_row(bits: int, order: str):
     for seed in range(3):
         weight, moments = problem(seed, tokens=60)  # fewer tokens than channels: singular moments
-        grid = IntegerGrid(bits, 32)
+        grid = Grid(bits, 32)
         solved = error_feedback(weight, moments, grid, FeedbackSettings(order))
         mine = row_errors(weight, solved.dequantize(), moments).sum()
         plain = row_errors(weight, round_to_nearest(weight, None, grid).dequantize(), moments).sum()
@@ -107,7 +107,7 @@ def test_never_worse_than_round_to_nearest_row_by_row(bits: int, order: str):
 
 def test_group_order_names_groups_by_falling_second_moment():
     weight, moments = problem()
-    index = error_feedback(weight, moments, IntegerGrid(4, 32), FeedbackSettings("group")).group_index
+    index = error_feedback(weight, moments, Grid(4, 32), FeedbackSettings("group")).group_index
     diagonal = moments.xxt.diagonal()
     assert index.bincount().tolist() == [32, 32, 32]
     assert diagonal[index == 0].min() >= diagonal[index == 1].max()
@@ -118,7 +118,7 @@ def test_channels_that_were_never_active_are_rounded_and_nothing_is_nan():
     xxt = moments.xxt.clone()
     xxt[10] = xxt[:, 10] = 0
     for dead in (xxt, torch.zeros_like(xxt)):
-        solved = error_feedback(weight, Moments(dead, moments.absmax, 400), IntegerGrid(4, 32))
+        solved = error_feedback(weight, Moments(dead, moments.absmax, 400), Grid(4, 32))
         assert torch.isfinite(solved.dequantize()).all()
         # It is rounded like the others; an unimportant extreme may be clipped to half the range.
         assert (solved.dequantize()[:, 10] - weight[:, 10]).abs().max() <= 0.6 * weight.abs().max()

@@ -3,19 +3,19 @@ import torch
 
 from llmlite.quantize.grid import codes_of, fit, values_of
 from llmlite.quantize.rtn import round_to_nearest, split_groups
-from llmlite.quantize.types import IntegerGrid
+from llmlite.quantize.types import Grid
 
 GRIDS = [
-    IntegerGrid(bits, group, zero, torch.float16)
+    Grid(bits, group, zero, torch.float16)
     for bits in (2, 3, 4, 8)
     for group in (32, None)
     for zero in ("symmetric", "integer", "minimum")
 ]
-GRIDS += [IntegerGrid(4, 32, scale_rule="signed"), IntegerGrid(8, 32, scale_rule="narrow")]
+GRIDS += [Grid(4, 32, scale_rule="signed"), Grid(8, 32, scale_rule="narrow")]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_every_weight_lies_on_the_nearest_value_of_its_group(grid: IntegerGrid):
+def test_every_weight_lies_on_the_nearest_value_of_its_group(grid: Grid):
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 6)[:, None]
     rounded = round_to_nearest(weight, None, grid)
     seen = rounded.dequantize()
@@ -34,7 +34,7 @@ def test_every_weight_lies_on_the_nearest_value_of_its_group(grid: IntegerGrid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_scales_and_minimums_fit_their_stored_dtype(grid: IntegerGrid):
+def test_scales_and_minimums_fit_their_stored_dtype(grid: Grid):
     rounded = round_to_nearest(torch.randn(4, 64), None, grid)
     assert torch.equal(rounded.scales.half().float(), rounded.scales)
     if grid.zero == "minimum":
@@ -44,7 +44,7 @@ def test_scales_and_minimums_fit_their_stored_dtype(grid: IntegerGrid):
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_zeros_and_vanishing_weights_stay_finite(grid: IntegerGrid):
+def test_zeros_and_vanishing_weights_stay_finite(grid: Grid):
     weight = torch.zeros(2, 64)
     weight[1] = 1e-9  # below the smallest float16
     seen = round_to_nearest(weight, None, grid).dequantize()
@@ -57,7 +57,7 @@ def test_importance_is_never_worse_than_the_full_range_and_helps_with_an_outlier
     weight[:, 5] *= 8
     importance = torch.ones(4, 32)
     importance[0, 5] = 1e-3
-    grid = IntegerGrid(4, 32)
+    grid = Grid(4, 32)
     groups = split_groups(weight, grid)
 
     def error(scale: torch.Tensor) -> torch.Tensor:
@@ -71,4 +71,4 @@ def test_importance_is_never_worse_than_the_full_range_and_helps_with_an_outlier
 
 def test_a_width_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="width of 100"):
-        round_to_nearest(torch.randn(2, 100), None, IntegerGrid(4, 32))
+        round_to_nearest(torch.randn(2, 100), None, Grid(4, 32))

@@ -103,13 +103,13 @@ def test_the_manifest_says_what_was_done(tmp_path):
 
 def test_a_base_on_a_low_bit_grid_is_recognized(tmp_path, capsys):
     from llmlite.quantize.rtn import round_to_nearest
-    from llmlite.quantize.types import IntegerGrid
+    from llmlite.quantize.types import Grid
 
     model = tiny_model()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("proj.weight"):
-                weight.copy_(round_to_nearest(weight, None, IntegerGrid(4, 32, "minimum")).dequantize())
+                weight.copy_(round_to_nearest(weight, None, Grid(4, 32, "minimum")).dequantize())
     model.save_pretrained(tmp_path / "rounded")
     save_tiny(tmp_path / "trained")
     for name, flattered in (("rounded", True), ("trained", False)):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmlite.errors import InputError
-from llmlite.quantize.types import IntegerGrid, Rounded
+from llmlite.quantize.types import Grid, Rounded
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class GgmlType:
     ftype: int
     block: int
     block_bytes: int
-    grid: IntegerGrid | None = None
+    grid: Grid | None = None
     dtype: torch.dtype | None = None
 
 
@@ -38,14 +38,14 @@ TYPES = {
         GgmlType("f32", 0, 0, 1, 4, dtype=torch.float32),
         GgmlType("f16", 1, 1, 1, 2, dtype=torch.float16),
         GgmlType("bf16", 30, 32, 1, 2, dtype=torch.bfloat16),
-        GgmlType("q8_0", 8, 7, 32, 34, grid=IntegerGrid(8, 32, scale_rule="narrow")),
-        GgmlType("q4_0", 2, 2, 32, 18, grid=IntegerGrid(4, 32, scale_rule="signed")),
-        GgmlType("q4_1", 3, 3, 32, 20, grid=IntegerGrid(4, 32, zero="minimum")),
+        GgmlType("q8_0", 8, 7, 32, 34, grid=Grid(8, 32, scale_rule="narrow")),
+        GgmlType("q4_0", 2, 2, 32, 18, grid=Grid(4, 32, scale_rule="signed")),
+        GgmlType("q4_1", 3, 3, 32, 20, grid=Grid(4, 32, zero="minimum")),
     )
 }
 
 
-def grid_of(name: str) -> IntegerGrid:
+def grid_of(name: str) -> Grid:
     """The grid that weights of this type lie on; ValueError for f32, f16 and bf16, which have none."""
     grid = TYPES[name].grid
     if grid is None:
