@@ -10,7 +10,7 @@ import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.formats.compressed_tensors import PackQuantized
-from llmlite.quantize.types import Grid
+from llmlite.quantize.types import Grid, Ranges
 from tests.formats.tiny_models import (
     linears,
     read_elsewhere,
