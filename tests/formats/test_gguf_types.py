@@ -1,40 +1,155 @@
-"""The bytes of each GGML type, held against the reference reader (the package gguf)."""
+"""The bytes of each GGML type, held against libggml, and against the package gguf where that is enough."""
+
+import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from llmlite.errors import InputError
-from llmlite.formats.gguf.types import TYPES, encode, grid_of, nbytes, pack, refusal, unpack
+from llmlite.evals.llama import library
+from llmlite.formats.gguf.types import TYPES, encode, fallback, grid_of, nbytes, pack, read, refusal, unpack
 from llmlite.quantize.types import Grid, Ranges, Rounded
 
 gguf = pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
 
 GRIDS = [name for name, kind in TYPES.items() if kind.grid is not None]
+SUPERS = [name for name in GRIDS if grid_of(name).super_block is not None]
 DENSE = [name for name, kind in TYPES.items() if kind.grid is None]
+ROWS, WIDTH = 5, 768
 
 
-def random_rounded(name: str, rows: int = 5, width: int = 96) -> Rounded:
-    """Every code, scales of both signs, and minimums: what a solver may return."""
+class Traits(ctypes.Structure):
+    """ggml_type_traits of ggml.h."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("interleave", ctypes.c_int64),
+        ("block_bytes", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("from_float", ctypes.c_void_p),
+    )
+
+
+class Ggml:
+    """The functions of libggml, on arrays."""
+
+    def __init__(self):
+        library()  # the log stays off the terminal
+        from llama_cpp.llama_cpp import _lib
+
+        self.get_type_traits = _lib.ggml_get_type_traits
+        self.get_type_traits.argtypes, self.get_type_traits.restype = [ctypes.c_int], ctypes.POINTER(Traits)
+        self.validate = _lib.ggml_validate_row_data
+        self.validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+        self.validate.restype = ctypes.c_bool
+        self.quantize_chunk = _lib.ggml_quantize_chunk
+        self.quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3]
+        self.quantize_chunk.argtypes += [ctypes.c_void_p]
+        self.quantize_chunk.restype = ctypes.c_size_t
+
+    def traits(self, name: str) -> Traits:
+        return self.get_type_traits(TYPES[name].number).contents
+
+    def is_valid(self, data: np.ndarray, name: str) -> bool:
+        return self.validate(TYPES[name].number, data.ctypes.data, data.nbytes)
+
+    def dequantize(self, data: np.ndarray, name: str) -> torch.Tensor:
+        out = np.empty((ROWS, WIDTH), np.float32)
+        self.traits(name).to_float(data.ctypes.data, out.ctypes.data, out.size)
+        return torch.from_numpy(out)
+
+    def quantize(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> np.ndarray:
+        rows, width = weight.shape
+        source = np.ascontiguousarray(weight.numpy())
+        weights = None if importance is None else np.ascontiguousarray(importance.numpy())
+        out = np.zeros((rows, nbytes(name, (1, width))), np.uint8)
+        place = None if weights is None else weights.ctypes.data
+        size = self.quantize_chunk(TYPES[name].number, source.ctypes.data, out.ctypes.data, 0, rows, width, place)
+        assert size == out.nbytes
+        return out
+
+
+@pytest.fixture(scope="module")
+def ggml() -> Ggml:
+    return Ggml()
+
+
+def random_rounded(name: str) -> Rounded:
+    """Every code, every scale and offset code, scales of both signs and of float16's extremes, and minimums."""
     torch.manual_seed(7)
     grid = grid_of(name)
-    codes = torch.randint(0, grid.levels, (rows, width), dtype=torch.uint8)
-    scales = (torch.randn(rows, width // 32) * 0.1).half().float()
-    offsets = torch.randn(rows, width // 32).half().float() if grid.zero == "minimum" else None
-    return Rounded(grid, codes, Ranges(scales, offsets))
+    codes = torch.randint(0, grid.levels, (ROWS, WIDTH), dtype=torch.uint8)
+    codes[0] = torch.arange(WIDTH) % grid.levels
+    blocks = WIDTH // grid.block(WIDTH)
+    d = (torch.randn(ROWS, blocks) * 0.1).half().float()
+    d[1, :3] = torch.tensor([65504.0, -(2.0**-24), 0.0])
+    dmin = torch.randn(ROWS, blocks).half().float() if grid.zero == "minimum" else None
+    block = grid.super_block
+    if block is None:
+        return Rounded(grid, codes, Ranges(d, dmin))
+
+    def draw(low: int, high: int) -> torch.Tensor:
+        drawn = torch.randint(low, high + 1, (ROWS, blocks * block.groups), dtype=torch.int16)
+        some = torch.arange(low, high + 1)[torch.randperm(high + 1 - low)]
+        drawn[2:].view(-1)[: len(some)] = some[: drawn[2:].numel()]
+        drawn[0, :2] = torch.tensor([low, high])
+        drawn[0, -2:] = torch.tensor([high, low])
+        return drawn
+
+    scale_codes = draw(*block.scale_range)
+    scales = d.repeat_interleave(block.groups, 1) * scale_codes
+    if block.offset_bits is None:
+        return Rounded(grid, codes, Ranges(scales, None, d, None, scale_codes))
+    offset_codes = draw(0, 2**block.offset_bits - 1)
+    offsets = -dmin.repeat_interleave(block.groups, 1) * offset_codes
+    return Rounded(grid, codes, Ranges(scales, offsets, d, dmin, scale_codes, offset_codes))
 
 
-def reference(data: np.ndarray, name: str) -> torch.Tensor:
-    return torch.from_numpy(gguf.quants.dequantize(data, gguf.GGMLQuantizationType(TYPES[name].number)))
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal to the last bit, the sign of zero among them."""
+    return a.dtype == b.dtype == torch.float32 and torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_reference_reader_sees_the_rounded_weight(name):
+def test_libggml_sees_the_rounded_weight(name, ggml):
     rounded = random_rounded(name)
     data = pack(rounded, name)
-    assert data.nbytes == nbytes(name, rounded.codes.shape)
-    assert torch.equal(reference(data, name), rounded.dequantize())
-    assert torch.equal(unpack(data, name, tuple(rounded.codes.shape)), rounded.dequantize())
+    assert data.dtype == np.uint8
+    assert data.shape == (ROWS, nbytes(name, (1, WIDTH)))
+    assert ggml.is_valid(data, name)
+    seen = ggml.dequantize(data, name)
+    assert same_bits(unpack(data, name, (ROWS, WIDTH)), seen)
+    assert same_bits(rounded.dequantize(), seen)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_what_was_packed_is_read_back(name):
+    rounded = random_rounded(name)
+    found = read(pack(rounded, name), name, (ROWS, WIDTH))
+    assert found.grid == rounded.grid
+    assert torch.equal(found.codes, rounded.codes)
+    for had, has in zip(rounded.ranges.tensors(), found.ranges.tensors(), strict=True):
+        assert (had is None) == (has is None)
+        assert has is None or (torch.equal(had, has) and had.dtype == has.dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("name", GRIDS)
+def test_bytes_that_libggml_wrote_are_read_and_packed_alike(name, weighted, ggml):
+    torch.manual_seed(8)
+    weight = torch.randn(ROWS, WIDTH) * 0.05 * torch.rand(ROWS, WIDTH // 16).exp().repeat_interleave(16, 1)
+    weight[1, :256] = 0.0
+    weight[2] = weight[2].abs()
+    weight[3, 32:64] = 7.0
+    data = ggml.quantize(weight, name, torch.rand(WIDTH) + 0.1 if weighted else None)
+    found = read(data, name, (ROWS, WIDTH))
+    assert np.array_equal(pack(found, name), data)
+    assert same_bits(found.dequantize(), ggml.dequantize(data, name))
 
 
 @pytest.mark.parametrize("name", ["q4_0", "q4_1", "q8_0"])
@@ -59,16 +174,21 @@ def test_dense_types(name):
     assert data.nbytes == nbytes(name, (3, 20))
     assert torch.equal(unpack(data, name, (3, 20)), tensor.to(TYPES[name].dtype).float())
     view = {"f32": np.float32, "f16": np.float16, "bf16": np.uint8}[name]
-    rows = data.reshape(3, -1).view(view)
-    assert torch.equal(reference(rows, name).float(), tensor.to(TYPES[name].dtype).float())
+    seen = gguf.quants.dequantize(data.reshape(3, -1).view(view), gguf.GGMLQuantizationType(TYPES[name].number))
+    assert torch.equal(torch.from_numpy(seen).float(), tensor.to(TYPES[name].dtype).float())
 
 
-def test_type_numbers_and_sizes_are_those_of_ggml():
-    for name, kind in TYPES.items():
-        number = gguf.GGMLQuantizationType[name.upper()]
-        assert number == kind.number
-        assert gguf.GGML_QUANT_SIZES[number] == (kind.block, kind.block_bytes)
-        assert gguf.LlamaFileType(kind.ftype).name.endswith(name.upper())
+@pytest.mark.parametrize("name", TYPES)
+def test_numbers_and_sizes_are_those_of_ggml(name, ggml):
+    kind, traits = TYPES[name], ggml.traits(name)
+    assert traits.type_name.decode().lower() == name
+    assert (traits.block, traits.block_bytes) == (kind.block, kind.block_bytes)
+    assert traits.is_quantized == (kind.grid is not None)
+    assert gguf.GGMLQuantizationType[name.upper()] == kind.number
+    file_type = gguf.LlamaFileType(kind.ftype).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    assert file_type.lower() in (name, f"{name}_m")
+    if kind.grid is not None:
+        assert kind.grid.block(WIDTH) == kind.block
 
 
 def test_a_width_that_does_not_divide_is_refused_with_the_way_out():
@@ -77,19 +197,96 @@ def test_a_width_that_does_not_divide_is_refused_with_the_way_out():
     reason = refusal("q4_0", (8, 100))
     assert "100" in reason
     assert "gguf:f16" in reason
+    assert "gguf:f32" in refusal("q4_k", (256,))
+
+
+@pytest.mark.parametrize("name", SUPERS)
+def test_a_width_without_whole_super_blocks_is_refused_with_a_type_that_holds_it(name):
+    assert refusal(name, (8, 512)) is None
+    assert fallback(name, 512) == name
+    reason = refusal(name, (8, 576))
+    assert "256" in reason
+    assert "576" in reason
+    other = fallback(name, 576)
+    assert f"gguf:{other} holds it" in reason
+    assert refusal(other, (8, 576)) is None
+    assert TYPES[other].block == 32
+    assert TYPES[other].block_bytes / 32 >= TYPES[name].block_bytes / 256
+    assert fallback(name, 100) == "f16"
+    codes = torch.zeros(8, 576, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="576"):
+        pack(replace(random_rounded(name), codes=codes), name)
+    with pytest.raises(ValueError, match="576"):
+        read(np.zeros(8, np.uint8), name, (8, 576))
 
 
 def test_what_a_type_cannot_hold_is_not_packed():
     with pytest.raises(InputError, match="bf16"):
         encode(torch.tensor([1e5]), "f16")
     rounded = random_rounded("q4_0")
-    with pytest.raises(ValueError, match="not the grid"):
-        pack(rounded, "q4_1")
-    with pytest.raises(ValueError, match="float16"):
-        pack(Rounded(rounded.grid, rounded.codes, Ranges(rounded.scales + 1e-5)), "q4_0")
-    index = torch.arange(96) // 32
+    for other in ("q4_1", "iq4_nl", "q5_0"):
+        with pytest.raises(ValueError, match="not the grid"):
+            pack(rounded, other)
+    with pytest.raises(ValueError, match="not a grid"):
+        pack(rounded, "f16")
     with pytest.raises(ValueError, match="group index"):
-        pack(Rounded(rounded.grid, rounded.codes, rounded.ranges, index), "q4_0")
+        pack(replace(rounded, group_index=torch.arange(WIDTH) // 32), "q4_0")
+    with pytest.raises(ValueError, match="0 to 15"):
+        pack(replace(rounded, codes=rounded.codes + 1), "q4_0")
+    with pytest.raises(ValueError, match="not the grid"):
+        pack(random_rounded("iq4_xs"), "iq4_nl")
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [(name, field) for name in GRIDS for field in (("d", "dmin") if name in SUPERS else ("scales", "offsets"))],
+)
+def test_what_is_no_finite_float16_value_is_not_packed(name, field):
+    rounded = random_rounded(name)
+    values = getattr(rounded.ranges, field)
+    if values is None:
+        assert rounded.grid.zero == "symmetric"
+        return
+    changes = [values * 1.0001, values + float("inf"), values * float("nan"), values + 1e5]
+    for changed in changes:
+        with pytest.raises(ValueError, match="finite float16"):
+            pack(replace(rounded, ranges=replace(rounded.ranges, **{field: changed})), name)
+    with pytest.raises(ValueError, match="for each"):
+        pack(replace(rounded, ranges=replace(rounded.ranges, **{field: values[:, 1:]})), name)
+    with pytest.raises(ValueError, match="for each"):
+        pack(replace(rounded, ranges=replace(rounded.ranges, **{field: None})), name)
+
+
+@pytest.mark.parametrize("name", SUPERS)
+def test_super_blocks_are_packed_only_with_products_of_codes_in_range(name):
+    rounded = random_rounded(name)
+    ranges = rounded.ranges
+
+    def refused(words: str, **change: torch.Tensor | None) -> None:
+        with pytest.raises(ValueError, match=words):
+            pack(replace(rounded, ranges=replace(ranges, **change)), name)
+
+    refused("scale codes go", scale_codes=ranges.scale_codes + 1)
+    refused("scale codes go", scale_codes=ranges.scale_codes - 1)
+    refused("int16", scale_codes=ranges.scale_codes.float())
+    refused("for each group", scale_codes=None)
+    refused("for each group", scale_codes=ranges.scale_codes[:, 1:])
+    refused("a scale is not", scales=ranges.scales * 1.0001)
+    refused("a scale is not", scale_codes=ranges.scale_codes.flip(1))
+    if ranges.offsets is not None:
+        refused("offset codes go", offset_codes=ranges.offset_codes + 1)
+        refused("offset codes go", offset_codes=ranges.offset_codes - 1)
+        refused("an? offset is not", offsets=-ranges.offsets)
+        refused("for each group", offset_codes=None)
+
+
+def test_bytes_of_another_size_are_not_read():
+    data = pack(random_rounded("q4_k"), "q4_k")
+    for name in ("q4_k", "q5_k"):
+        with pytest.raises(ValueError, match="bytes"):
+            read(data[1:] if name == "q4_k" else data, name, (ROWS, WIDTH))
+    with pytest.raises(ValueError, match="not a grid"):
+        read(data, "f16", (ROWS, WIDTH))
 
 
 def test_a_grid_of_another_group_is_refused():
