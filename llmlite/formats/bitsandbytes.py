@@ -1,9 +1,14 @@
-"""bitsandbytes in safetensors: nf4 (QLoRA) and LLM.int8, rounded by the library itself, one tensor at a time.
+"""bitsandbytes in safetensors: nf4 (QLoRA) and LLM.int8.
+
+`BitsAndBytes.encode` rounds as the library does. For nf4 the codes can also come from a solver: `BitsAndBytes.grid`
+is its grid, `BitsAndBytes.snap` gives the scales that a file can hold, `BitsAndBytes.pack` writes codes and scales.
 
 nf4, per linear layer of n = out * in weights in blocks of 64: ``weight`` uint8 [n / 2, 1], ``weight.absmax`` (uint8
 with double quantization, else float32) [n / 64], ``weight.quant_map`` float32 [16], with double quantization also
 ``weight.nested_absmax`` float32 [n / 64 / 256] and ``weight.nested_quant_map`` float32 [256], and
-``weight.quant_state.bitsandbytes__nf4``: the rest as JSON in uint8. Papers: 2305.14314, 2110.02861.
+``weight.quant_state.bitsandbytes__nf4``: the rest as JSON in uint8. Two codes share a byte, the first in its high
+half. Double quantization: absmax = nested_quant_map[code] * nested_absmax + offset, with the offset in the JSON.
+Papers: 2305.14314, 2110.02861.
 
 LLM.int8: ``weight`` int8 [out, in], ``SCB`` float32 [out] (largest magnitude of a row, w = code * SCB / 127),
 ``weight_format`` uint8, 0 for row-major. Its readers also round the inputs to 8 bits. Paper: 2208.07339.
@@ -14,7 +19,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,11 +27,36 @@ import torch
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.errors import InputError
 from llmlite.extras import need
+from llmlite.quantize.types import Grid, Ranges, Rounded
 
 BLOCK = 64
 NESTED_BLOCK = 256
 STATE = "weight.quant_state.bitsandbytes__nf4"
 OFFSET_CHARACTERS = 24  # the longest repr of a double: -1.7976931348623157e+308
+
+# What the codes 0 to 15 stand for: quantiles of a normal distribution (2305.14314, appendix E), float32 values.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class StoredScales:
+    """The scales of an nf4 weight as its file holds them.
+
+    ``ranges``: scales float32 [out, in / 64], what a reader multiplies with, bit for bit. Double quantization can
+    make a small one zero or negative. ``absmax``: what lies in the file for them, flat: float32, or uint8 codes with
+    ``nested_map`` float32 [256], ``nested_absmax`` float32 [blocks / 256] and ``offset``, a float32 value.
+    """
+
+    ranges: Ranges
+    absmax: torch.Tensor
+    nested_map: torch.Tensor | None = None
+    nested_absmax: torch.Tensor | None = None
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +70,11 @@ class BitsAndBytes:
     @property
     def name(self) -> str:
         return f"bnb:{self.kind}"
+
+    @property
+    def grid(self) -> Grid | None:
+        """The grid of nf4's codes; None for LLM.int8, which only `encode` rounds."""
+        return Grid(4, BLOCK, scale_dtype=torch.float32, codebook=NF4) if self.kind == "nf4" else None
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why a weight of ``shape`` (out, in) can't be held; None when it can."""
@@ -82,6 +117,37 @@ class BitsAndBytes:
             return self._encode_int8(module, weight)
         return self._encode_nf4(module, weight)
 
+    def snap(self, module: str, scales: torch.Tensor) -> StoredScales:
+        """The nearest scales that a file can hold, all of a weight at once: scales float [out, in / 64], nf4 only.
+
+        With double quantization the library rounds them, less their mean, to 8 bits in blocks of 256. Rounding its
+        result once more would change it, so what is stored is kept, and `pack` writes it as it is. InputError where
+        a scale, and with it a weight, is not finite in the model's dtype.
+        """
+        exact = scales.detach().float().cpu().contiguous()
+        stored = self._nested(exact) if self.double_quantization else StoredScales(Ranges(exact), exact.flatten())
+        if not torch.isfinite(stored.ranges.scales.to(self.dtype)).all():
+            raise InputError(
+                f"{module}.weight has groups whose scale is not finite in {_name(self.dtype)}, which its readers use"
+            )
+        return replace(stored, ranges=Ranges(stored.ranges.scales.to(scales.device)))
+
+    def pack(self, module: str, rounded: Rounded, stored: StoredScales) -> dict[str, torch.Tensor]:
+        """The tensors of ``layout`` for an nf4 weight whose codes were chosen for the scales ``stored.ranges``.
+
+        ValueError where the codes are on another grid, in groups that are not neighbours, or for other scales.
+        """
+        if rounded.grid != self.grid or rounded.group_index is not None:
+            raise ValueError(f"{module}: nf4 holds codes of {self.grid} in neighbouring groups, not of {rounded.grid}")
+        if not torch.equal(rounded.scales.cpu(), stored.ranges.scales.cpu()):
+            raise ValueError(f"{module}: the codes were chosen for other scales than those that are stored")
+        codes = rounded.codes.cpu()
+        if codes.numel() and int(codes.max()) >= len(NF4):
+            raise ValueError(f"{module}: code {int(codes.max())} does not fit into 4 bits")
+        pairs = codes.reshape(-1, 2)
+        shape = (codes.shape[0], codes.shape[1])
+        return self._nf4_tensors(module, shape, (pairs[:, :1] << 4) | pairs[:, 1:], stored)
+
     def config(self, ignored: Sequence[str]) -> dict[str, object]:
         """The ``quantization_config`` of config.json.
 
@@ -108,18 +174,35 @@ class BitsAndBytes:
         if not torch.isfinite(weight.to(self.dtype)).all():
             raise InputError(f"{module}.weight has values that are not finite in {_name(self.dtype)}: nothing to round")
         packed, state = functional.quantize_4bit(
-            weight.float(), blocksize=BLOCK, compress_statistics=self.double_quantization, quant_type="nf4"
+            weight.float(), blocksize=BLOCK, compress_statistics=False, quant_type="nf4"
         )
+        stored = self.snap(module, state.absmax.view(shape[0], -1))
+        state.absmax = stored.ranges.scales.flatten()
         state.dtype = self.dtype  # what readers multiply out in; the rounding itself was done in float32
-        tensors = {"weight": packed, "weight.absmax": state.absmax, "weight.quant_map": state.code}
-        offset = 0.0
-        if self.double_quantization:
-            offset = state.offset.item()
-            tensors["weight.nested_absmax"] = state.state2.absmax
-            tensors["weight.nested_quant_map"] = state.state2.code.clone()
-        tensors[STATE] = torch.frombuffer(bytearray(self._state(shape, offset)), dtype=torch.uint8)
         dequantized = functional.dequantize_4bit(packed, state).float()
-        return {f"{module}.{name}": tensor for name, tensor in tensors.items()}, dequantized
+        return self._nf4_tensors(module, shape, packed, stored), dequantized
+
+    def _nested(self, scales: torch.Tensor) -> StoredScales:
+        functional = need("bnb", "bitsandbytes.functional")
+        flat = scales.flatten()
+        offset = flat.mean()
+        codes, state = functional.quantize_blockwise(flat - offset, blocksize=NESTED_BLOCK)
+        seen = functional.dequantize_blockwise(codes, state) + offset
+        return StoredScales(Ranges(seen.view_as(scales)), codes, state.code, state.absmax, offset.item())
+
+    def _nf4_tensors(
+        self, module: str, shape: tuple[int, int], packed: torch.Tensor, stored: StoredScales
+    ) -> dict[str, torch.Tensor]:
+        tensors = {
+            "weight": packed,
+            "weight.absmax": stored.absmax,
+            "weight.quant_map": torch.tensor(NF4),
+            STATE: torch.frombuffer(bytearray(self._state(shape, stored.offset)), dtype=torch.uint8),
+        }
+        if stored.nested_map is not None and stored.nested_absmax is not None:
+            tensors["weight.nested_absmax"] = stored.nested_absmax
+            tensors["weight.nested_quant_map"] = stored.nested_map
+        return {f"{module}.{name}": tensor for name, tensor in tensors.items()}
 
     def _encode_int8(self, module: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         functional = need("bnb", "bitsandbytes.functional")

@@ -1,17 +1,19 @@
-"""bitsandbytes files: what the library itself would save, and read by transformers without llmlite."""
+"""bitsandbytes files: what the library itself would save, codes of our own, and read by transformers alone."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.errors import InputError
-from llmlite.formats.bitsandbytes import BitsAndBytes
+from llmlite.formats.bitsandbytes import NF4, BitsAndBytes, StoredScales
+from llmlite.quantize.types import Ranges, Rounded
 from tests.formats.tiny_models import (
     linears,
     read_elsewhere,
@@ -32,15 +34,36 @@ class Case:
     model_type: str
     form: BitsAndBytes
     left: str = ""  # a module inside a layer that stays in 16 bits
+    solved: bool = False  # the codes are ours
 
 
 CASES = [
     Case("nf4 float32", "llama", BitsAndBytes("nf4", F32)),
     Case("nf4 single float32", "qwen3", BitsAndBytes("nf4", F32, double_quantization=False)),
     Case("nf4 bfloat16", "qwen2", BitsAndBytes("nf4", BF16)),
+    Case("nf4 solved float32", "llama", BitsAndBytes("nf4", F32), "model.layers.0.self_attn.k_proj", solved=True),
+    Case("nf4 solved bfloat16", "qwen3", BitsAndBytes("nf4", BF16), solved=True),
+    Case("nf4 solved single float16", "qwen2", BitsAndBytes("nf4", F16, double_quantization=False), solved=True),
     Case("int8 float32", "llama", BitsAndBytes("int8", F32)),
     Case("int8 bfloat16", "qwen3", BitsAndBytes("int8", BF16), "model.layers.1.mlp.down_proj"),
 ]
+
+
+def solve(form: BitsAndBytes, module: str, weight: torch.Tensor, shrink: float = 0.9) -> tuple[Rounded, StoredScales]:
+    """Codes that the library would not choose: nearest on a range that leaves the extremes out."""
+    assert form.grid is not None
+    groups = weight.float().reshape(len(weight), -1, 64)
+    stored = form.snap(module, groups.abs().amax(-1) * shrink)
+    distance = (groups[..., None] - stored.ranges.scales[..., None, None] * torch.tensor(NF4)).abs()
+    return Rounded(form.grid, distance.argmin(-1).to(torch.uint8).view(weight.shape), stored.ranges), stored
+
+
+def state_of(tensors: dict[str, torch.Tensor]) -> Any:
+    """The library's QuantState from the tensors of a module "m", as from a file."""
+    from bitsandbytes.functional import QuantState
+
+    parts = {name: t.clone() for name, t in tensors.items() if name != "m.weight"}
+    return QuantState.from_dict(parts, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +80,11 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
             weights[name] = module.weight.float()
             if name != case.left:
                 layout |= case.form.layout(name, (module.out_features, module.in_features))
-                encoded, weights[name] = case.form.encode(name, module.weight)
+                if case.solved:
+                    rounded, stored = solve(case.form, name, module.weight)
+                    encoded, weights[name] = case.form.pack(name, rounded, stored), rounded.dequantize()
+                else:
+                    encoded, weights[name] = case.form.encode(name, module.weight)
                 tensors |= encoded
         ignored = ["lm_head", case.left] if case.left else ["lm_head"]
         directory = root / case.name.replace(" ", "-")
@@ -101,6 +128,70 @@ def test_nf4_tensors_are_those_the_library_saves(double: bool, dtype: torch.dtyp
     our_state, their_state = (json.loads(bytes(tensors[state_name].numpy())) for tensors in (ours, theirs))
     assert our_state == their_state
     assert torch.equal(dequantized, bnb.functional.dequantize_4bit(layer.weight, layer.weight.quant_state).float())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("double", [True, False])
+def test_the_library_sees_what_the_solver_did(double: bool, dtype: torch.dtype) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+
+    torch.manual_seed(2)
+    form = BitsAndBytes("nf4", dtype, double)
+    weight = torch.randn(96, 320) * torch.logspace(-3, 1, 96)[:, None]  # scales far from their mean
+    weight[7] = 0
+    rounded, stored = solve(form, "m", weight)
+    tensors = form.pack("m", rounded, stored)
+    layout = form.layout("m", (96, 320))
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == {n: tuple(s) for n, s in layout.items()}
+    assert len(rounded.codes.unique()) == 16
+    seen = dequantize_4bit(tensors["m.weight"], state_of(tensors))
+    assert torch.equal(seen, rounded.dequantize().to(dtype))
+    assert not seen[7].any()
+
+
+@pytest.mark.parametrize("double", [True, False])
+def test_the_library_s_own_codes_give_its_own_bytes(double: bool) -> None:
+    from bitsandbytes.functional import quantize_4bit
+
+    torch.manual_seed(3)
+    form = BitsAndBytes("nf4", F32, double)
+    assert form.grid is not None
+    weight = torch.randn(96, 320) * torch.rand(96, 1)
+    packed, state = quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    assert torch.equal(state.code, torch.tensor(NF4))
+    stored = form.snap("m", state.absmax.view(96, 5))
+    codes = torch.stack([packed >> 4, packed & 15], 1).view(96, 320)
+    ours = form.pack("m", Rounded(form.grid, codes, stored.ranges), stored)
+    theirs, _ = form.encode("m", weight)  # held against the library's own layer above
+    assert set(ours) == set(theirs)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_scales_are_snapped_near_and_kept_where_nothing_is_lost() -> None:
+    torch.manual_seed(4)
+    scales = torch.rand(64, 9) * 0.2 + 0.1
+    double = BitsAndBytes("nf4", BF16).snap("m", scales).ranges.scales
+    assert 0 < (double - scales).abs().max() < 0.0008  # deviations up to 0.1, levels at most 0.014 of that apart
+    assert torch.equal(BitsAndBytes("nf4", BF16, False).snap("m", scales).ranges.scales, scales)
+    equal = torch.full((64, 9), 0.25)
+    assert torch.equal(BitsAndBytes("nf4", BF16).snap("m", equal).ranges.scales, equal)
+
+
+def test_pack_refuses_what_the_file_would_change() -> None:
+    form = BitsAndBytes("nf4", F32)
+    rounded, stored = solve(form, "m", torch.randn(32, 128))
+    with pytest.raises(ValueError, match="other scales"):
+        form.pack("m", replace(rounded, ranges=Ranges(rounded.scales * 1.0001)), stored)
+    with pytest.raises(ValueError, match="other scales"):  # rounding scales twice moves them
+        form.pack("m", rounded, form.snap("m", rounded.scales))
+    with pytest.raises(ValueError, match="neighbouring"):
+        form.pack("m", replace(rounded, group_index=torch.arange(128) // 64), stored)
+    with pytest.raises(ValueError, match="neighbouring"):
+        form.pack("m", replace(rounded, grid=replace(rounded.grid, codebook=None)), stored)
+    with pytest.raises(ValueError, match="fit"):
+        form.pack("m", replace(rounded, codes=rounded.codes + 1), stored)
+    with pytest.raises(InputError, match=r"m\.weight.*finite"):
+        BitsAndBytes("nf4", F16).snap("m", torch.full((32, 2), 1e5))
 
 
 def test_nf4_dequantized_from_the_description() -> None:
