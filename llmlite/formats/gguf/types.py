@@ -232,6 +232,6 @@ def _range_codes(ranges: Ranges, block: SuperBlock, rows: int, blocks: int) -> t
         if int(codes.min()) < low or int(codes.max()) > high:
             raise ValueError(f"{what} codes go from {low} to {high}, and these from {codes.min()} to {codes.max()}")
         if not torch.equal(products.float(), _times_codes(factor.float(), codes)):
-            raise ValueError(f"a {what} is not its super-block's float16 factor times its code")
+            raise ValueError(f"one {what} is not its super-block's float16 factor times its code")
         found.append((codes - low).to(torch.uint8).view(rows, blocks, block.groups))
     return torch.cat(found, dim=-1)
