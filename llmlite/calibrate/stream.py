@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ class Activations:
         self.file.unlink(missing_ok=True)
 
 
-class _Arrived(Exception):
-    """Carries a decoder layer's arguments out of the model's forward."""
+class Arrived(Exception):
+    """Carries what a layer is called with out of a forward."""
 
 
 class _Catcher(torch.nn.Module):
@@ -66,7 +67,7 @@ class _Catcher(torch.nn.Module):
     def forward(self, hidden: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         self.kwargs = kwargs
         if self.last:
-            raise _Arrived(hidden)
+            raise Arrived(hidden)
         return hidden
 
 
@@ -104,7 +105,7 @@ class LayerStream:
             part = torch.from_numpy(ids[start : start + batch]).to(self.device)
             try:
                 self._model(input_ids=part, use_cache=False)
-            except _Arrived as arrived:
+            except Arrived as arrived:
                 out.write(start, arrived.args[0])
             if start == 0:  # masks and positions depend on the length of a row only
                 self._kwargs = [catcher.kwargs for catcher in catchers]
@@ -116,9 +117,9 @@ class LayerStream:
         return self.checkpoint.read(name).to(self.device, self.dtype)
 
     @contextmanager
-    def layer(self, number: int) -> Iterator[torch.nn.Module]:
-        """One decoder layer with its weights; they are gone again after the block."""
-        module = self._layers[number]
+    def layer(self, number: int, *, copy: bool = False) -> Iterator[torch.nn.Module]:
+        """One decoder layer with its weights; they are gone again after the block. ``copy``: a second one beside it."""
+        module = deepcopy(self._layers[number]) if copy else self._layers[number]
         prefix = f"{LAYER}{number}."
         state = {name.removeprefix(prefix): self._cast(name) for name in self.checkpoint.layer_tensors(number)}
         module.load_state_dict(
@@ -130,12 +131,11 @@ class LayerStream:
             _forget_weights(module)
 
     @torch.no_grad()
-    def run(self, number: int, module: torch.nn.Module, inputs: Activations, batch: int) -> Iterator[torch.Tensor]:
-        """The layer's outputs [batch, length, width] for each batch of its inputs in turn."""
-        for start in range(0, inputs.shape[0], batch):
-            hidden = inputs.read(start, batch).to(self.device, self.dtype)
-            out = module(hidden, **self._for_batch(number, len(hidden)))
-            yield out[0] if isinstance(out, tuple) else out
+    def forward(self, number: int, module: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The outputs of layer ``number`` for hidden states, both [rows, length, width]."""
+        hidden = hidden.to(self.device, self.dtype)
+        out = module(hidden, **self._for_batch(number, len(hidden)))
+        return out[0] if isinstance(out, tuple) else out
 
     def _for_batch(self, number: int, rows: int) -> dict[str, Any]:
         """The caught arguments, cut or widened to the batch: only the first dimension can differ."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -13,9 +13,7 @@ import torch
 
 from llmlite import __version__
 from llmlite.calibrate.corpus import default_corpora, read_corpus
-from llmlite.calibrate.moments import collect_moments
 from llmlite.calibrate.rows import Rows, token_rows
-from llmlite.calibrate.stream import Activations, LayerStream
 from llmlite.checkpoint.artifact import (
     atomic_directory,
     refuse_existing,
@@ -28,19 +26,16 @@ from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.gguf_import import import_gguf
 from llmlite.errors import InputError, first_line
-from llmlite.memory import give_freed_memory_back, keep_heap_small
+from llmlite.memory import keep_heap_small
 from llmlite.plan.memory import working_memory
-from llmlite.plan.plan import Plan, PlanRow, SolverName, make_plan, stored_dtype
+from llmlite.plan.plan import Plan, SolverName, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
-from llmlite.progress import console, track
-from llmlite.quantize.feedback import ActOrder, FeedbackSettings, error_feedback
+from llmlite.progress import console
 from llmlite.quantize.lattice import share_on_low_bit_grid
-from llmlite.quantize.rtn import round_to_nearest
-from llmlite.quantize.types import Moments
-from llmlite.run.sinks import Sink, open_sink
-
-BATCH_TOKENS = 2048
+from llmlite.quantize.solve import SolverSettings
+from llmlite.run.job import BATCH_TOKENS, Job, Work
+from llmlite.run.sinks import open_sink
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,10 @@ class QuantizeSettings:
     )
     solver: SolverName = field(
         default="auto",
-        metadata={"help": "rtn rounds to nearest, gptq with error feedback; auto: gptq below 8 bits, else rtn"},
+        metadata={
+            "help": "rtn rounds to nearest; imatrix too, with scales weighted by the inputs; feedback (auto) makes each "
+            "error good by other weights"
+        },
     )
     calibration: tuple[str, ...] = field(
         default=(),
@@ -60,9 +58,13 @@ class QuantizeSettings:
     )
     calibration_tokens: int = field(default=32768, metadata={"help": "tokens of calibration text in all"})
     row_length: int = field(default=512, metadata={"help": "tokens in one calibration row"})
-    act_order: ActOrder = field(
-        default="static",
-        metadata={"help": "order of error feedback: none, static (groups stay in place), group (gptq only: desc_act)"},
+    desc_act: bool = field(
+        default=False, metadata={"help": "gptq files: groups of channels by falling activation, not of neighbours"}
+    )
+    sweeps: int = field(default=4, metadata={"help": "feedback: rounds of coordinate descent over all codes"})
+    drift: float = field(
+        default=0.3,
+        metadata={"help": "feedback: how much of the drift of a layer's inputs is made good by its weights, 0 to 1"},
     )
     damping: float = field(default=0.01, metadata={"help": "added to the moments' diagonal, as a share of its mean"})
     seed: int = field(default=0, metadata={"help": "chooses the calibration rows"})
@@ -102,7 +104,7 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
         torch.set_num_threads(settings.threads)
     with _opened(str(model), settings.revision, out) as checkpoint:
         target = parse_target(settings.to)
-        types = type_table(target, stored_dtype(checkpoint, target), settings.act_order)
+        types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act)
         plan = make_plan(checkpoint, target, types, settings.solver)
         _check_solver_options(settings, plan)
         flattered = _low_bit_share(checkpoint)
@@ -120,8 +122,7 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
             for note in sink.notes:
                 console.print(f"note: {note}", style="yellow", markup=False)
             try:
-                job = _Job(checkpoint, plan, sink, settings, directory)
-                errors = job.run(rows)
+                errors = Job(checkpoint, plan, sink, _work(settings, directory)).run(rows)
                 sink.close()
             finally:
                 sink.abandon()
@@ -138,6 +139,10 @@ def _check(settings: QuantizeSettings) -> None:
         )
     if not 0 < settings.damping <= 1:
         raise InputError(f"--damping {settings.damping}: above 0 and at most 1 is right")
+    if not 0 <= settings.drift <= 1:
+        raise InputError(f"--drift {settings.drift}: from 0 to 1 is right")
+    if settings.sweeps < 0:
+        raise InputError(f"--sweeps {settings.sweeps}: 0 or more is right")
     if settings.threads is not None and settings.threads < 1:
         raise InputError(f"--threads {settings.threads}: at least 1 is right")
     if settings.device not in ("auto", "cpu", "cuda"):
@@ -147,13 +152,21 @@ def _check(settings: QuantizeSettings) -> None:
 
 
 def _check_solver_options(settings: QuantizeSettings, plan: Plan) -> None:
-    if settings.act_order == "group" and plan.target.format != "gptq":
-        raise InputError(f"--act-order group: only gptq files can say it, {plan.target} can't; static is right")
+    if settings.desc_act and plan.target.format != "gptq":
+        raise InputError(f"--desc-act: only gptq files can say it, {plan.target} can't; leave it out")
     if plan.calibrated:
         return
-    for option, given in (("--calibration", settings.calibration), ("--act-order", settings.act_order != "static")):
+    for option, given in (("--calibration", settings.calibration), ("--desc-act", settings.desc_act)):
         if given:
-            raise InputError(f"{option}: only --solver gptq uses it, and --to {plan.target} is not solved by it here")
+            raise InputError(
+                f"{option}: only --solver feedback uses it, and --to {plan.target} is not solved by it here"
+            )
+
+
+def _work(settings: QuantizeSettings, scratch: Path) -> Work:
+    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    solver = SolverSettings(settings.damping, settings.sweeps, settings.drift, settings.desc_act)
+    return Work(solver, "cuda" if cuda else "cpu", scratch)
 
 
 @contextmanager
@@ -214,104 +227,6 @@ def _tell_memory(checkpoint: Checkpoint, plan: Plan) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         console.print(f"warning: the machine has {free / 2**20:,.0f} MiB of memory free", style="yellow")
-
-
-class _Job:
-    """One pass over the checkpoint, row of the plan by row of the plan."""
-
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, sink: Sink, settings: QuantizeSettings, scratch: Path):
-        self.checkpoint, self.plan, self.sink, self.settings, self.scratch = checkpoint, plan, sink, settings, scratch
-        wants_cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-        self.device = "cuda" if wants_cuda else "cpu"
-        self.dtype = torch.bfloat16 if wants_cuda else torch.float32
-        self.feedback = FeedbackSettings(settings.act_order, settings.damping)
-        self.errors: dict[str, float] = {}
-
-    def run(self, rows: Rows | None) -> dict[str, float]:
-        """Write every row; returns each rounded tensor's relative weighted error."""
-        before, layers, after = self._parts()
-        for row in before:
-            self._whole(row)
-        if rows is None:
-            for layer in track(layers, "layers"):
-                for row in layer:
-                    self._whole(row)
-                give_freed_memory_back()
-        else:
-            self._calibrated(layers, rows)
-        for row in after:
-            self._whole(row)
-        return self.errors
-
-    def _parts(self) -> tuple[list[PlanRow], list[list[PlanRow]], list[PlanRow]]:
-        layers: list[list[PlanRow]] = [[] for _ in range(self.checkpoint.num_layers)]
-        before: list[PlanRow] = []
-        after: list[PlanRow] = []
-        for row in self.plan.rows:
-            if row.name.startswith(LAYER):
-                layers[int(row.name.removeprefix(LAYER).split(".")[0])].append(row)
-            else:
-                (after if layers[0] else before).append(row)
-        return before, layers, after
-
-    def _read(self, row: PlanRow) -> torch.Tensor:
-        tensor = self.checkpoint.read(row.name)
-        if not torch.isfinite(tensor).all():
-            raise InputError(f"{self.checkpoint.source}: tensor {row.name!r} holds NaN or infinite values")
-        return tensor
-
-    def _whole(self, row: PlanRow) -> None:
-        """A row that needs no activations."""
-        tensor = self._read(row)
-        if row.solver == "cast":
-            self.sink.cast(row, tensor)
-        else:
-            self._round(row, tensor.to(self.device), None)
-
-    def _round(self, row: PlanRow, weight: torch.Tensor, moments: Moments | None) -> Callable[[], torch.Tensor]:
-        """Round one weight and write it; returns what gives it as its reader will see it."""
-        grid = self.sink.grid(row)
-        if grid is None:
-            seen = self.sink.encode(row, weight)
-            return lambda: seen
-        if row.solver == "gptq":
-            assert moments is not None
-            rounded = error_feedback(weight, moments, grid, self.feedback)
-        else:
-            rounded = round_to_nearest(weight, moments, grid)
-        self.errors[row.name] = rounded.error
-        self.sink.rounded(row, rounded.cpu())
-        return rounded.dequantize
-
-    def _calibrated(self, layers: list[list[PlanRow]], rows: Rows) -> None:
-        """Layer by layer: gather moments with the layer as it was, round it, and pass on what it gives then."""
-        stream = LayerStream(self.checkpoint, self.device, self.dtype)
-        batch = max(BATCH_TOKENS // rows.ids.shape[1], 1)
-        inputs = stream.embed(rows.ids, self.scratch / ".activations-0", batch)
-        family = self.checkpoint.family
-        for number, layer in enumerate(track(layers, "layers")):
-            with stream.layer(number) as module:
-                with collect_moments(module, family) as moments:
-                    for _ in stream.run(number, module, inputs, batch):
-                        pass
-                for row in layer:
-                    name = row.module.removeprefix(f"{LAYER}{number}.")
-                    if name not in family.linears or row.solver == "cast":
-                        self._whole(row)
-                        continue
-                    linear = module.get_submodule(name)
-                    assert isinstance(linear, torch.nn.Linear)
-                    weight = self._read(row).to(self.device)
-                    linear.weight.data.copy_(self._round(row, weight, moments[name])())
-                outputs = Activations(self.scratch / f".activations-{(number + 1) % 2}", inputs.shape)
-                done = 0
-                for part in stream.run(number, module, inputs, batch):
-                    outputs.write(done, part)
-                    done += len(part)
-            inputs.remove()
-            inputs = outputs
-            give_freed_memory_back()
-        inputs.remove()
 
 
 def _manifest(checkpoint: Checkpoint, done: Quantized, rows: Rows | None, settings: QuantizeSettings) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -12,13 +13,13 @@ from llmlite.checkpoint.artifact import GGUF_FILE
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.safetensors_writer import SafetensorsWriter
 from llmlite.errors import InputError
-from llmlite.formats.bitsandbytes import BitsAndBytes
+from llmlite.formats.bitsandbytes import BitsAndBytes, StoredScales
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gguf.export import describe
 from llmlite.formats.gguf.writer import GgufWriter
 from llmlite.plan.plan import Plan, PlanRow
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
-from llmlite.quantize.types import Grid, Rounded
+from llmlite.quantize.types import Grid, Ranges, Rounded
 
 
 class Sink(Protocol):
@@ -30,6 +31,7 @@ class Sink(Protocol):
     notes: tuple[str, ...]
 
     def grid(self, row: PlanRow) -> Grid | None: ...
+    def snap(self, row: PlanRow) -> Callable[[torch.Tensor], Ranges] | None: ...
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None: ...
     def rounded(self, row: PlanRow, rounded: Rounded) -> None: ...
     def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor: ...
@@ -52,9 +54,25 @@ class SafetensorsSink:
             else:  # a bias has no module of its own
                 layout[row.name] = types.layout(row.module, row.type, row.shape)[f"{row.module}.weight"]
         self._writer = SafetensorsWriter(directory, layout)
+        self._stored: StoredScales | None = None  # of the nf4 weight that is being rounded
 
     def grid(self, row: PlanRow) -> Grid | None:
-        return self.types.grid if row.type == self.types.linear else None
+        if row.type != self.types.linear:
+            return None
+        if isinstance(self.types.format, BitsAndBytes):  # rounding to nearest is left to the library
+            return self.types.format.grid if row.solver == "feedback" else None
+        return self.types.grid
+
+    def snap(self, row: PlanRow) -> Callable[[torch.Tensor], Ranges] | None:
+        if not isinstance(self.types.format, BitsAndBytes):
+            return None
+        nf4 = self.types.format
+
+        def snapped(scales: torch.Tensor) -> Ranges:
+            self._stored = nf4.snap(row.module, scales)
+            return self._stored.ranges
+
+        return snapped
 
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None:
         kept = tensor.to(self.types.dtype)
@@ -65,8 +83,11 @@ class SafetensorsSink:
         self._writer.write(row.name, kept)
 
     def rounded(self, row: PlanRow, rounded: Rounded) -> None:
-        assert not isinstance(self.types.format, BitsAndBytes)
-        self._put(self.types.format.pack(row.module, rounded))
+        if isinstance(self.types.format, BitsAndBytes):
+            assert self._stored is not None
+            self._put(self.types.format.pack(row.module, rounded, self._stored))
+        else:
+            self._put(self.types.format.pack(row.module, rounded))
 
     def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.types.format, BitsAndBytes)
@@ -113,6 +134,9 @@ class GgufSink:
 
     def grid(self, row: PlanRow) -> Grid | None:
         return gguf.grid_of(row.type) if row.type in GgufTypes.rounded else None
+
+    def snap(self, row: PlanRow) -> Callable[[torch.Tensor], Ranges] | None:
+        return None
 
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None:
         tensor = self._model.to_gguf(row.name, tensor)

@@ -1,0 +1,110 @@
+"""The solver: asymmetric target, error feedback, coordinate descent, and plain rounding where that is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from llmlite.quantize.descent import descend
+from llmlite.quantize.feedback import feedback
+from llmlite.quantize.grid import fit
+from llmlite.quantize.rtn import choose_rows, nearest, relative_error, row_errors
+from llmlite.quantize.types import Grid, Moments, Ranges, Rounded
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How the solver goes about it.
+
+    ``damping``: what is added to the moments' diagonal, as a share of its mean. ``sweeps``: rounds of coordinate
+    descent. ``drift``: how much of the deviation of a layer's inputs from the unquantized network's is made good, from
+    0 to 1. ``desc_act``: groups are made of channels by falling second moment, which needs a group index in the file.
+    """
+
+    damping: float = 0.01
+    sweeps: int = 4
+    drift: float = 0.3
+    desc_act: bool = False
+
+
+def solve(
+    weight: torch.Tensor,
+    moments: Moments,
+    grid: Grid,
+    settings: SolverSettings = SolverSettings(),
+    snap: Callable[[torch.Tensor], Ranges] | None = None,
+) -> Rounded:
+    """The weight [out, in] on the grid, with the moments of the same [in] channels.
+
+    Row by row the result is no worse on the held-out moments (the moments themselves where none were held out) than
+    weighted rounding to nearest is. ``snap`` turns the scales [out, groups] that fit best into the ones that the file can
+    hold, for a format that keeps those of a whole tensor together; they then stay. Raises ValueError if the moments are
+    not finite.
+    """
+    weight = weight.float()
+    if not torch.isfinite(moments.xxt).all():
+        raise ValueError("the second moments of its inputs are not finite")
+    if settings.desc_act:
+        return _by_activation_order(weight, moments, grid, settings)
+    matrix = damped(moments.xxt, settings.damping)
+    target = aimed_at(weight, moments, matrix, settings) if moments.cross is not None else weight
+    judge = moments.held or moments
+    ranges = fit(target, grid, matrix.diagonal())
+    if snap is not None:
+        ranges = snap(ranges.scales)
+    plain = nearest(target, ranges, grid)
+    solved = feedback(target, matrix, grid, None if snap is None else ranges)
+    solved = descend(target, solved, matrix, settings.sweeps, refit=snap is None)
+    better = row_errors(target, solved.dequantize(), judge) <= row_errors(target, plain.dequantize(), judge)
+    if not better.all():
+        solved = choose_rows(better, solved, plain)
+    return replace(solved, error=relative_error(target, solved.dequantize(), judge))
+
+
+def damped(xxt: torch.Tensor, damping: float) -> torch.Tensor:
+    """The second moments with ``damping`` times their mean diagonal added to it; the identity where all are zero."""
+    mean = xxt.diagonal().mean()
+    if mean == 0:  # no input at all: nothing to go by
+        return torch.eye(len(xxt), dtype=xxt.dtype, device=xxt.device)
+    matrix = xxt.clone()
+    matrix.diagonal().add_(damping * mean)
+    return matrix
+
+
+def aimed_at(weight: torch.Tensor, moments: Moments, matrix: torch.Tensor, settings: SolverSettings) -> torch.Tensor:
+    """(1 - a) W + a W C inv(M): the weight that, on the inputs as they are now, comes closest to what W gives on the
+    unquantized network's inputs, float32 [out, in]; a is ``settings.drift``.
+
+    C = sum of y xT + the damping, x the inputs now and y those of the unquantized network, M the damped sum of x xT.
+    Source: GPTAQ (arXiv:2504.02692) and Qronos (2505.11695).
+    """
+    assert moments.cross is not None
+    lower = torch.linalg.cholesky(matrix)
+    drift = moments.cross - moments.xxt  # C - M: the damping is in both
+    moved = torch.cholesky_solve((weight @ drift).T, lower).T
+    return weight + settings.drift * moved
+
+
+def _by_activation_order(weight: torch.Tensor, moments: Moments, grid: Grid, settings: SolverSettings) -> Rounded:
+    """The channels by falling second moment, solved as if they lay so, and put back with an index of their groups."""
+    order = torch.argsort(moments.xxt.diagonal(), descending=True, stable=True)
+    solved = solve(weight[:, order], in_order(moments, order), grid, replace(settings, desc_act=False))
+    width = weight.shape[1]
+    codes = torch.empty_like(solved.codes)
+    codes[:, order] = solved.codes
+    index = torch.empty_like(order)
+    index[order] = torch.arange(width, device=order.device) // (grid.group or width)
+    return replace(solved, codes=codes, group_index=index)
+
+
+def in_order(moments: Moments, order: torch.Tensor) -> Moments:
+    """The moments of the channels in another order."""
+
+    def turn(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix[order[:, None], order]
+
+    cross = None if moments.cross is None else turn(moments.cross)
+    held = None if moments.held is None else in_order(moments.held, order)
+    return Moments(turn(moments.xxt), moments.absmax[order], moments.count, cross, held)
