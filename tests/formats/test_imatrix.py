@@ -371,8 +371,7 @@ def test_llama_quantize_reads_ours(tiny, tmp_path):
     torch.manual_seed(3)
     imatrix = for_checkpoint(open_checkpoint(directory))
 
-    def quantized(name, imatrix):
-        write_imatrix(tmp_path / name, imatrix)
+    def quantized(name):
         out = tmp_path / f"q-{name}"
         said = run(program("llama-quantize"), "--imatrix", tmp_path / name, file, out, "q4_0", 1)
         assert "loaded 21 importance matrix entries" in said
@@ -381,10 +380,12 @@ def test_llama_quantize_reads_ours(tiny, tmp_path):
         assert reader.fields["quantize.imatrix.dataset"].contents() == "a"
         return {tensor.name: tensor.data.tobytes() for tensor in reader.tensors}
 
-    first = quantized("i.gguf", imatrix)
-    scaled = {name: sums * 8 for name, sums in imatrix.sums.items()}
-    counts = {name: count * 8 for name, count in imatrix.counts.items()}
-    assert quantized("same.gguf", replace(imatrix, sums=scaled, counts=counts)) == first  # the means count
+    write_imatrix(tmp_path / "ours.gguf", imatrix)
+    first = quantized("ours.gguf")
+    entries = [(name.encode(), 1, (sums / 100).numpy()) for name, sums in imatrix.sums.items()]
+    (tmp_path / "by-hand.dat").write_bytes(legacy(entries, struct.pack("<ii", 2, 1) + b"a"))
+    assert quantized("by-hand.dat") == first
     changed = imatrix.sums | {"blk.1.ffn_up.weight": imatrix.sums["blk.1.ffn_up.weight"].flip(0)}
-    other = quantized("other.gguf", replace(imatrix, sums=changed))
+    write_imatrix(tmp_path / "other.gguf", replace(imatrix, sums=changed))
+    other = quantized("other.gguf")
     assert [name for name in first if first[name] != other[name]] == ["blk.1.ffn_up.weight"]
