@@ -1,4 +1,4 @@
-"""compressed-tensors files (pack-quantized and int-quantized) against the library's own packer, and read by transformers without llmlite."""
+"""compressed-tensors files against the library's own compressors, and read by transformers without llmlite."""
 
 from __future__ import annotations
 
