@@ -11,13 +11,15 @@ from typing import Literal
 import torch
 
 from llmlite.checkpoint.checkpoint import Checkpoint
-from llmlite.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD, LAYER
+from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.safetensors_index import NAMES
 from llmlite.errors import InputError
+from llmlite.plan.order import working_order
 from llmlite.plan.target import Target
 from llmlite.plan.types import TypeTable
 
-SolverName = Literal["auto", "rtn", "gptq"]
+SolverName = Literal["auto", "rtn", "imatrix", "feedback"]
+CALIBRATED = ("imatrix", "feedback")  # the solvers that ask for the moments of a layer's inputs
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,14 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every tensor's row, in the order in which they are worked on and written."""
+    """Every tensor's row, in the order in which they are worked on and written.
+
+    ``notes``: one sentence for each type that some tensors can't have, with what they become instead.
+    """
 
     target: Target
     rows: tuple[PlanRow, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -63,7 +69,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Some solver asks for the moments of a layer's inputs."""
-        return any(row.solver == "gptq" for row in self.rows)
+        return any(row.solver in CALIBRATED for row in self.rows)
 
     def to_json(self) -> list[dict]:
         return [asdict(row) for row in self.rows]
@@ -75,27 +81,21 @@ class Plan:
 
 def make_plan(checkpoint: Checkpoint, target: Target, types: TypeTable, solver: SolverName = "auto") -> Plan:
     """Resolve the rules to a row per tensor; `InputError` for the first tensor that the format can't hold."""
-    chosen = _solver(target, types, solver)
+    assigned = types.assign(checkpoint)
     linears = {f"{LAYER}{i}.{name}.weight" for i in range(checkpoint.num_layers) for name in checkpoint.family.linears}
+    chosen = _solver(target, types, solver, {assigned.types[name] for name in linears} & types.rounded)
     rows = []
-    for name in _working_order(checkpoint):
-        entry = checkpoint.tensors[name]
-        if name in linears:
-            kind = types.linear
-            how = chosen if kind in types.rounded else "cast"
-        elif name in (EMBEDDING, HEAD):
-            kind = types.head if name == HEAD or checkpoint.tied else types.embedding
-            how = "rtn" if kind in types.rounded else "cast"
-        else:
-            kind, how = types.other(entry.shape), "cast"
+    for name in working_order(checkpoint):
+        entry, kind = checkpoint.tensors[name], assigned.types[name]
+        how = "cast" if kind not in types.rounded else chosen if name in linears else "rtn"
         reason = types.refusal(kind, entry.shape)
         if reason:
             raise InputError(
-                f"{checkpoint.source}: {name} {list(entry.shape)} can't become {target}: {reason}"
+                f"{checkpoint.source}: {name} {list(entry.shape)} can't become {target.format}:{kind}: {reason}"
                 + _better_group(checkpoint, target)
             )
         rows.append(PlanRow(name, entry.shape, NAMES[entry.dtype], kind, how, types.nbytes(name, kind, entry.shape)))
-    return Plan(target, tuple(rows))
+    return Plan(target, tuple(rows), assigned.notes)
 
 
 def _better_group(checkpoint: Checkpoint, target: Target) -> str:
@@ -107,32 +107,17 @@ def _better_group(checkpoint: Checkpoint, target: Target) -> str:
     return f"; a group of {fitting[0]} divides every width of this model"
 
 
-def _working_order(checkpoint: Checkpoint) -> list[str]:
-    """Embedding, then layer by layer what is copied before what is rounded, final norm, head."""
-    names = [EMBEDDING]
-    for layer in range(checkpoint.num_layers):
-        linears = [f"{LAYER}{layer}.{name}.weight" for name in checkpoint.family.linears]
-        rest = [n for n in checkpoint.layer_tensors(layer) if n not in linears and not n.endswith("inv_freq")]
-        names += [*rest, *linears]
-    names.append(FINAL_NORM)
-    if not checkpoint.tied:
-        names.append(HEAD)
-    return names
-
-
-def _solver(target: Target, types: TypeTable, asked: SolverName) -> str:
-    if target.format == "bnb":
-        if asked != "auto":
-            raise InputError(f"--solver {asked}: bitsandbytes rounds by itself; leave --solver out with --to {target}")
-        return "bitsandbytes"
-    if types.linear not in types.rounded:
+def _solver(target: Target, types: TypeTable, asked: SolverName, rounded: set[str]) -> str:
+    """How linear layers are rounded; ``rounded``: the types on a grid that some of them become."""
+    if not rounded:
         if asked != "auto":
             raise InputError(f"--solver {asked}: nothing is rounded with --to {target}; leave --solver out")
         return "cast"
-    if asked != "auto":
-        return asked
-    # At 8 bits rounding to nearest already loses next to nothing, and needs no calibration.
-    return "rtn" if types.bits == 8 else "gptq"
+    if target.format == "bnb" and (target.type == "int8" or asked == "imatrix"):
+        if asked not in ("auto", "rtn"):
+            raise InputError(f"--solver {asked}: {target} is rounded by bitsandbytes itself; rtn or auto is right")
+        return "rtn"
+    return "feedback" if asked == "auto" else asked
 
 
 def stored_dtype(checkpoint: Checkpoint, target: Target) -> torch.dtype:

@@ -9,13 +9,12 @@ from difflib import get_close_matches
 import torch
 
 from llmlite.errors import InputError
-from llmlite.formats.gguf.types import TYPES
+from llmlite.plan.presets import PRESETS, preset_name
 from llmlite.quantize.types import Grid
 
-GGUF_TYPES = tuple(TYPES)
 BNB_TYPES = ("nf4", "int8")
 FORMATS = {
-    "gguf": f"one of {', '.join(GGUF_TYPES)}",
+    "gguf": f"one of {', '.join(PRESETS)}, as llama-quantize has them, or one with -pure: every matrix in one type",
     "gptq": "w4g128 or alike: 2, 3, 4 or 8 bits, a group size (none: one scale per output channel), "
     "-asym for zero points",
     "compressed-tensors": "w4a16g128 or alike: 4 or 8 bits, a group size (none: one scale per output channel), "
@@ -55,11 +54,15 @@ def parse_target(text: str) -> Target:
         hint = f"; did you mean {near[0]}:...?" if near and near[0] != format_name else ""
         raise InputError(f"--to {text}: FORMAT:TYPE with FORMAT one of {', '.join(FORMATS)} is right{hint}")
     lowered = type_name.lower()
-    known = {"gguf": GGUF_TYPES, "bnb": BNB_TYPES}
-    if format_name in known and lowered in known[format_name]:
+    preset = preset_name(lowered) if format_name == "gguf" else None
+    if preset is not None:
+        return Target(format_name, preset)
+    if format_name == "bnb" and lowered in BNB_TYPES:
         return Target(format_name, lowered)
     match = _WEIGHT_ONLY[format_name].fullmatch(lowered) if format_name in _WEIGHT_ONLY else None
     if match is None or (match["group"] and int(match["group"]) == 0):
-        raise InputError(f"--to {text}: the types of {format_name} are {FORMATS[format_name]}")
+        near = get_close_matches(lowered, PRESETS, 1) if format_name == "gguf" else []
+        hint = f"; did you mean gguf:{near[0]}?" if near else ""
+        raise InputError(f"--to {text}: the types of {format_name} are {FORMATS[format_name]}{hint}")
     group = int(match["group"]) if match["group"] else None
     return Target(format_name, lowered, int(match["bits"]), group, match["asym"] is None)

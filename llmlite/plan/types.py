@@ -2,64 +2,77 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from llmlite.checkpoint.checkpoint import Checkpoint
+from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.safetensors_index import NAMES
 from llmlite.checkpoint.safetensors_writer import TensorSpec
+from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import BitsAndBytes
 from llmlite.formats.compressed_tensors import PackQuantized
 from llmlite.formats.gguf import types as gguf
+from llmlite.formats.gguf.writer import QUANTIZATION_VERSION, Value
 from llmlite.formats.gptq import Gptq
+from llmlite.plan.order import working_order
+from llmlite.plan.presets import asked_and_given, find_preset
+from llmlite.plan.rules import TypeRule, apply_rules, parse_rules
 from llmlite.plan.target import Target
 from llmlite.quantize.types import Grid
 
 
 class TypeTable(Protocol):
-    """The types of one target: of the linear layers, the head (or an embedding tied to it), the embedding, the rest."""
+    """What the tensors of one target become."""
 
-    @property
-    def linear(self) -> str: ...
-    @property
-    def head(self) -> str: ...
-    @property
-    def embedding(self) -> str: ...
     @property
     def rounded(self) -> frozenset[str]: ...
-    @property
-    def bits(self) -> int | None: ...
 
-    def other(self, shape: tuple[int, ...]) -> str: ...
+    def assign(self, checkpoint: Checkpoint) -> Assigned: ...
     def refusal(self, kind: str, shape: tuple[int, ...]) -> str | None: ...
     def nbytes(self, name: str, kind: str, shape: tuple[int, ...]) -> int: ...
 
 
 @dataclass(frozen=True)
+class Assigned:
+    """The type of every tensor by its Hugging Face name; ``notes``: a sentence for each departure from the target."""
+
+    types: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class GgufTypes:
-    """GGUF: one-dimensional tensors are f32; with a 4-bit type the head stays at q8_0.
+    """GGUF: what llama-quantize makes of each tensor under ``preset``, and over it what the ``rules`` say."""
 
-    (llama-quantize keeps it at q6_K, and at q8_0 where 256 does not divide the width.)
-    """
-
-    linear: str
+    preset: str
+    rules: tuple[TypeRule, ...] = ()
     rounded = frozenset(name for name, kind in gguf.TYPES.items() if kind.grid is not None)
 
     @property
-    def head(self) -> str:
-        return "q8_0" if self.linear in ("q4_0", "q4_1") else self.linear
+    def metadata(self) -> dict[str, Value]:
+        """What llama-quantize notes in the file about its types."""
+        return {
+            "general.file_type": find_preset(self.preset).ftype,
+            "general.quantization_version": QUANTIZATION_VERSION,
+        }
 
-    @property
-    def embedding(self) -> str:
-        return self.linear
-
-    @property
-    def bits(self) -> int | None:
-        return gguf.grid_of(self.linear).bits if self.linear in self.rounded else None
-
-    def other(self, shape: tuple[int, ...]) -> str:
-        return "f32" if len(shape) == 1 else self.linear
+    def assign(self, checkpoint: Checkpoint) -> Assigned:
+        """`InputError` for a rule that matches nothing, or a tensor that GGUF has no place for."""
+        table = asked_and_given(checkpoint, self.preset)
+        shapes = {name: checkpoint.tensors[name].shape for name in table}
+        chosen = apply_rules(self.rules, shapes, checkpoint.source)
+        moved = Counter(pair for name, pair in table.items() if pair[0] != pair[1] and name not in chosen)
+        notes = tuple(
+            f"{given} in place of {asked} for {count} of {len(table)} tensors: blocks of {gguf.TYPES[asked].block} do "
+            "not divide their width (as in llama-quantize)"
+            for (asked, given), count in moved.items()
+        )
+        return Assigned({name: given for name, (_, given) in table.items()} | chosen, notes)
 
     def refusal(self, kind: str, shape: tuple[int, ...]) -> str | None:
         return gguf.refusal(kind, shape)
@@ -78,23 +91,15 @@ class SafetensorsTypes:
     grid: Grid | None
 
     @property
-    def head(self) -> str:
-        return NAMES[self.dtype].lower()
-
-    @property
-    def embedding(self) -> str:
-        return self.head
-
-    @property
     def rounded(self) -> frozenset[str]:
         return frozenset({self.linear})
 
-    @property
-    def bits(self) -> int | None:
-        return None if self.grid is None else self.grid.bits
-
-    def other(self, shape: tuple[int, ...]) -> str:
-        return self.head
+    def assign(self, checkpoint: Checkpoint) -> Assigned:
+        kept = NAMES[self.dtype].lower()
+        linears = {f"{name}.weight" for name in checkpoint.family.linears}
+        names = working_order(checkpoint)
+        is_linear = {name: name.startswith(LAYER) and name.split(".", 3)[3] in linears for name in names}
+        return Assigned({name: self.linear if linear else kept for name, linear in is_linear.items()})
 
     def refusal(self, kind: str, shape: tuple[int, ...]) -> str | None:
         if kind != self.linear:
@@ -119,14 +124,23 @@ class SafetensorsTypes:
         return sum(spec.nbytes for spec in self.layout(name.removesuffix(".weight"), kind, shape).values())
 
 
-def type_table(target: Target, dtype: torch.dtype, act_order: str) -> GgufTypes | SafetensorsTypes:
-    """The types of a target; ``dtype`` is that of a safetensors artifact's other tensors."""
+def type_table(
+    target: Target, dtype: torch.dtype, desc_act: bool, rules: Iterable[str] = ()
+) -> GgufTypes | SafetensorsTypes:
+    """The types of a target; ``dtype`` is that of a safetensors artifact's other tensors.
+
+    ``rules``: PATTERN=TYPE, the pattern a regular expression on the Hugging Face tensor name, the last match wins;
+    `InputError` for a malformed one, and for any with a target that is not GGUF's.
+    """
+    parsed = parse_rules(rules)
     if target.format == "gguf":
-        return GgufTypes(target.type)
+        return GgufTypes(target.type, parsed)
+    if parsed:
+        raise InputError(f"types {parsed[0].pattern}={parsed[0].type}: {target} has one type for all; gguf has many")
     if target.format == "bnb":
         return SafetensorsTypes(
             target.type, BitsAndBytes("nf4" if target.type == "nf4" else "int8", dtype), dtype, None
         )
     packed: PackQuantized | Gptq
-    packed = Gptq(dtype, act_order == "group") if target.format == "gptq" else PackQuantized(dtype)
+    packed = Gptq(dtype, desc_act) if target.format == "gptq" else PackQuantized(dtype)
     return SafetensorsTypes(target.type, packed, dtype, target.grid(packed.scale_dtype))

@@ -38,6 +38,6 @@ def test_the_memory_that_is_told_is_the_memory_that_is_used(tmp_path, to):
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     checkpoint, target = open_checkpoint(large), parse_target(to)
-    plan = make_plan(checkpoint, target, type_table(target, stored_dtype(checkpoint, target), "static"))
+    plan = make_plan(checkpoint, target, type_table(target, stored_dtype(checkpoint, target), False))
     told, used = working_memory(checkpoint, plan, BATCH_TOKENS), int(run.stdout.split()[-1])
     assert 0.75 * used < told < 1.5 * used, f"told {told / 1e6:.0f} MB, used {used / 1e6:.0f} MB"

@@ -118,3 +118,22 @@ def rope_factors(config: dict[str, Any]) -> torch.Tensor | None:
     """What llama.cpp divides each rotary frequency by under rope type llama3: float32 [head_dim / 2], else None."""
     rope = rope_parameters(config)
     return llama3_factors(rope, head_dim(config)) if rope["rope_type"] == "llama3" else None
+
+
+def imatrix_metadata(file: str, dataset: str, entries: int, chunks: int) -> dict[str, Value]:
+    """The keys that llama-quantize adds where it is given an importance matrix (tools/quantize/quantize.cpp).
+
+    ``file``: where the matrix lies, ``dataset``: the text it was made from, either cut after 127 bytes as there;
+    ``entries``: tensors that it has sums for; ``chunks``: pieces of text, left out where it is 0: not known.
+    """
+    out: dict[str, Value] = {"quantize.imatrix.file": _cut(file)}
+    if dataset:
+        out["quantize.imatrix.dataset"] = _cut(dataset)
+    out["quantize.imatrix.entries_count"] = entries
+    if chunks > 0:
+        out["quantize.imatrix.chunks_count"] = chunks
+    return out
+
+
+def _cut(text: str) -> str:
+    return text.encode()[:127].decode("utf-8", "ignore")  # a whole character less where the cut falls inside it

@@ -36,7 +36,7 @@ class GgufWriter:
                 raise ValueError(f"tensor {name!r}: {reason}")
         self.layout = dict(layout)
         self._left = set(self.layout)
-        data_start = _write_head(path, {**metadata, **_file_type(layout)}, self.layout)
+        data_start = _write_head(path, {**_file_type(layout), **metadata}, self.layout)
         self._place: dict[str, int] = {}
         position = data_start
         for name, (kind, shape) in self.layout.items():
@@ -97,7 +97,7 @@ def _padded(size: int) -> int:
 
 
 def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, Value]:
-    """general.file_type: what most weights of the file's matrices are stored as."""
+    """general.file_type for a file whose metadata has none: what most weights of its matrices are stored as."""
     weights: Counter[str] = Counter()
     for kind, shape in layout.values():
         if len(shape) == 2:
