@@ -10,6 +10,7 @@ import torch
 
 from llmlite.errors import InputError
 from llmlite.evals.llama import library
+from llmlite.formats.gguf import types
 from llmlite.formats.gguf.types import TYPES, encode, fallback, grid_of, nbytes, pack, read, refusal, unpack
 from llmlite.quantize.types import Grid, Ranges, Rounded
 
@@ -36,6 +37,20 @@ class Traits(ctypes.Structure):
     )
 
 
+class CpuTraits(ctypes.Structure):
+    """ggml_type_traits_cpu of ggml-cpu.h."""
+
+    _fields_ = (
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        (
+            "vec_dot",
+            ctypes.CFUNCTYPE(None, ctypes.c_int, *[ctypes.c_void_p, ctypes.c_size_t] * 3, ctypes.c_int),
+        ),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    )
+
+
 class Ggml:
     """The functions of libggml, on arrays."""
 
@@ -45,6 +60,9 @@ class Ggml:
 
         self.get_type_traits = _lib.ggml_get_type_traits
         self.get_type_traits.argtypes, self.get_type_traits.restype = [ctypes.c_int], ctypes.POINTER(Traits)
+        self.get_cpu_traits = _lib.ggml_get_type_traits_cpu
+        self.get_cpu_traits.argtypes, self.get_cpu_traits.restype = [ctypes.c_int], ctypes.POINTER(CpuTraits)
+        _lib.ggml_cpu_init()  # fills the tables of the kernels
         self.validate = _lib.ggml_validate_row_data
         self.validate.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
         self.validate.restype = ctypes.c_bool
@@ -62,6 +80,20 @@ class Ggml:
     def dequantize(self, data: np.ndarray, name: str) -> torch.Tensor:
         out = np.empty((ROWS, WIDTH), np.float32)
         self.traits(name).to_float(data.ctypes.data, out.ctypes.data, out.size)
+        return torch.from_numpy(out)
+
+    def multiply(self, data: np.ndarray, name: str, inputs: torch.Tensor) -> torch.Tensor:
+        """The rows of ``data`` times ``inputs``, which the kernel rounds to the 8-bit type that it wants."""
+        kernel = self.get_cpu_traits(TYPES[name].number).contents
+        wanted = self.get_type_traits(kernel.vec_dot_type).contents
+        source = np.ascontiguousarray(inputs.numpy())
+        rounded = np.zeros(source.size // wanted.block * wanted.block_bytes, np.uint8)
+        self.get_cpu_traits(kernel.vec_dot_type).contents.from_float(
+            source.ctypes.data, rounded.ctypes.data, source.size
+        )
+        out = np.empty(len(data), np.float32)
+        for row, room in zip(data, out.reshape(-1, 1), strict=True):
+            kernel.vec_dot(source.size, room.ctypes.data, 0, row.ctypes.data, 0, rounded.ctypes.data, 0, 1)
         return torch.from_numpy(out)
 
     def quantize(self, weight: torch.Tensor, name: str, importance: torch.Tensor | None) -> np.ndarray:
@@ -130,6 +162,25 @@ def test_libggml_sees_the_rounded_weight(name, ggml):
     seen = ggml.dequantize(data, name)
     assert same_bits(unpack(data, name, (ROWS, WIDTH)), seen)
     assert same_bits(rounded.dequantize(), seen)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "iq4_nl"])
+def test_unpacking_some_rows_at_a_time_changes_nothing(name, monkeypatch):
+    rounded = random_rounded(name)
+    monkeypatch.setattr(types, "UNPACKED", 2 * WIDTH + 1)
+    assert same_bits(unpack(pack(rounded, name), name, (ROWS, WIDTH)), rounded.dequantize())
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_kernels_multiply_with_the_rounded_weight(name, ggml):
+    """Whole inputs, the largest of each 32 being 127, are rounded to 8 bits without an error."""
+    rounded = random_rounded(name)
+    inputs = torch.randint(-100, 101, (WIDTH,)).float()
+    inputs[::32] = 127.0
+    seen = ggml.multiply(pack(rounded, name), name, inputs)
+    weight = rounded.dequantize().double()
+    terms = weight * inputs
+    assert ((seen - terms.sum(1)).abs() < 1e-5 * terms.abs().sum(1)).all()
 
 
 @pytest.mark.parametrize("name", GRIDS)

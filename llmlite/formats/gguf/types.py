@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ TYPES = {
         GgmlType("q2_k", 10, 10, 256, 84, grid=Grid(2, 16, zero="minimum", super_block=_WITH_MINIMUMS_4)),
     )
 }  # fmt: skip
+UNPACKED = 2**20  # weights that `unpack` computes at once, which takes 20 bytes each
 # What llama-quantize takes where 256 does not divide the width (tensor_type_fallback in llama-quant.cpp).
 _SMALLER_BLOCKS = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "iq4_xs": "iq4_nl", "q3_k": "q4_0", "q2_k": "q4_0"}
 
@@ -182,9 +184,15 @@ def unpack(data: np.ndarray, name: str, shape: tuple[int, ...]) -> torch.Tensor:
     ValueError as in `read`.
     """
     dtype = TYPES[name].dtype
-    if dtype is None:
-        return read(data, name, shape).dequantize()
-    return _bytes_of(data, name, shape).view(dtype).float().view(shape)
+    if dtype is not None:
+        return _bytes_of(data, name, shape).view(dtype).float().view(shape)
+    rounded = read(data, name, shape)
+    weight = torch.empty(shape)
+    step = max(1, UNPACKED // shape[1])
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        weight[rows] = rounded.map(itemgetter(rows)).dequantize()
+    return weight
 
 
 def _check_shape(name: str, shape: tuple[int, ...]) -> None:
