@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from llmlite.errors import InputError, OutsideError
 from llmlite.extras import need
 
 Message = dict[str, str]
-DEFAULT = ("web.jsonl", "chat.jsonl")  # in calibrate/data; their origin is told in the README there
+# The files of calibrate/data and their weights in the default mix; their origin is told in the README there.
+DEFAULT = {"prose.jsonl": 2, "web.jsonl": 2, "code.jsonl": 2, "chinese.jsonl": 1, "chat.jsonl": 1}
 ROLES = {"human": "user", "gpt": "assistant"}  # the names that ShareGPT files use
 
 
@@ -27,18 +28,27 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """The documents of one source; ``sha256`` is over their content."""
+    """The documents of one source; ``sha256`` is over their content.
+
+    ``weight``: its share of the calibration tokens, relative to the others'. ``packaged``: part of the default mix.
+    """
 
     source: str
     documents: tuple[Document, ...]
     sha256: str
+    weight: int = 1
+    packaged: bool = False
 
 
 def default_corpora(chat: bool = True) -> list[Corpus]:
-    """The small mix of web text and chats that comes with the package; without ``chat`` the web text alone."""
+    """The mix that comes with the package: prose, web text, code, Chinese, and with ``chat`` chats."""
     folder = files("llmlite.calibrate") / "data"
-    names = [name for name in DEFAULT if chat or name != "chat.jsonl"]
-    return [_corpus(f"default:{name}", _parse(name, (folder / name).read_text(encoding="utf-8"))) for name in names]
+    corpora = []
+    for name, weight in DEFAULT.items():
+        if chat or name != "chat.jsonl":
+            corpus = _corpus(f"default:{name}", _parse(name, (folder / name).read_text(encoding="utf-8")))
+            corpora.append(replace(corpus, weight=weight, packaged=True))
+    return corpora
 
 
 def read_corpus(source: str) -> Corpus:
