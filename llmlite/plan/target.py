@@ -18,12 +18,12 @@ FORMATS = {
     "gptq": "w4g128 or alike: 2, 3, 4 or 8 bits, a group size (none: one scale per output channel), "
     "-asym for zero points",
     "compressed-tensors": "w4a16g128 or alike: 4 or 8 bits, a group size (none: one scale per output channel), "
-    "-asym for zero points",
+    "-asym for zero points; or w8a8: the inputs of the layers in 8 bits too",
     "bnb": "nf4 or int8",
 }
 _WEIGHT_ONLY = {
     "gptq": re.compile(r"w(?P<bits>[2348])(g(?P<group>\d+))?(?P<asym>-asym)?"),
-    "compressed-tensors": re.compile(r"w(?P<bits>[48])a16(g(?P<group>\d+))?(?P<asym>-asym)?"),
+    "compressed-tensors": re.compile(r"w(?P<bits>[48](?=a16)|8(?=a8$))a(16(g(?P<group>\d+))?(?P<asym>-asym)?|8)"),
 }
 
 

@@ -19,6 +19,7 @@ from llmlite.formats.compressed_tensors import PackQuantized
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gguf.writer import QUANTIZATION_VERSION, Value
 from llmlite.formats.gptq import Gptq
+from llmlite.formats.int_quantized import IntQuantized
 from llmlite.plan.order import working_order
 from llmlite.plan.presets import asked_and_given, find_preset
 from llmlite.plan.rules import TypeRule, apply_rules, parse_rules
@@ -86,7 +87,7 @@ class SafetensorsTypes:
     """Linear layers in the format's type, everything else in ``dtype``."""
 
     linear: str
-    format: PackQuantized | Gptq | BitsAndBytes
+    format: PackQuantized | IntQuantized | Gptq | BitsAndBytes
     dtype: torch.dtype
     grid: Grid | None
 
@@ -141,6 +142,9 @@ def type_table(
         return SafetensorsTypes(
             target.type, BitsAndBytes("nf4" if target.type == "nf4" else "int8", dtype), dtype, None
         )
-    packed: PackQuantized | Gptq
-    packed = Gptq(dtype, desc_act) if target.format == "gptq" else PackQuantized(dtype)
+    packed: PackQuantized | IntQuantized | Gptq
+    if target.format == "gptq":
+        packed = Gptq(dtype, desc_act)
+    else:
+        packed = IntQuantized(dtype) if target.type == "w8a8" else PackQuantized(dtype)
     return SafetensorsTypes(target.type, packed, dtype, target.grid(packed.scale_dtype))

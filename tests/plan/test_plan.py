@@ -23,6 +23,7 @@ def plan_of(directory, to, solver="auto", rules=()):
         ("gptq:w8", 8, None, True),
         ("compressed-tensors:w4a16g64", 4, 64, True),
         ("compressed-tensors:w8a16", 8, None, True),
+        ("compressed-tensors:w8a8", 8, None, True),
     ],
 )
 def test_targets(text, bits, group, symmetric):
@@ -42,6 +43,8 @@ def test_targets(text, bits, group, symmetric):
         ("compressed-tensors:w4a16g00", "types of compressed-tensors are"),
         ("gptq:w4g0", "the types of gptq are"),
         ("compressed-tensors:w3a16g128", "4 or 8 bits"),
+        ("compressed-tensors:w4a8", "or w8a8"),
+        ("compressed-tensors:w8a8g64", "or w8a8"),
         ("bnb:fp4", "nf4 or int8"),
     ],
 )
@@ -154,3 +157,9 @@ def test_dtypes_that_are_kept(tmp_path):
     ]:
         directory = save_tiny(tmp_path / str(dtype) / to, dtype=dtype)
         assert stored_dtype(open_checkpoint(directory), parse_target(to)) == kept
+
+
+def test_w8a8_takes_a_byte_for_each_weight_and_a_scale_for_each_output(tmp_path):
+    plan = plan_of(save_tiny(tmp_path), "compressed-tensors:w8a8")
+    up = next(row for row in plan.rows if row.name == "model.layers.1.mlp.up_proj.weight")
+    assert (up.type, up.bytes) == ("w8a8", 128 * 64 + 128 * 2)
