@@ -167,15 +167,15 @@ def outline(checkpoint: Checkpoint) -> Outline:
     )
 
 
-def asked_type(preset: Preset, name: str, width: int, model: Outline) -> str:
-    """The type by the preset's rules, whether or not its blocks divide ``width``; ``name`` is GGUF's.
+def asked_type(preset: Preset, name: str, model: Outline) -> str:
+    """The type by the preset's rules, whether or not its blocks divide the width; ``name`` is GGUF's.
 
     Follows llama_tensor_get_type and llama_tensor_get_type_impl.
     """
     if preset.dense or preset.pure:
         return preset.base
     if name == "output.weight" or (name == "token_embd.weight" and model.tied):
-        return head_type(preset.base, width)
+        return "q8_0" if preset.base == "q8_0" else "q6_k"  # where 256 does not divide the width, q8_0 as well
     parts = name.split(".")
     if parts[0] != "blk":
         return preset.base
@@ -185,13 +185,6 @@ def asked_type(preset: Preset, name: str, width: int, model: Outline) -> str:
     if module == "attn_v" and model.is_70b and kind in ("q3_k", "q4_k"):
         return "q5_k"  # eight heads share these weights, so more bits for them cost next to nothing
     return kind
-
-
-def head_type(base: str, width: int) -> str:
-    """Of the head, and of an embedding tied to it: at least six bits."""
-    if width % TYPES[base].block or base == "q8_0":
-        return "q8_0"
-    return "q6_k"
 
 
 def preset_types(checkpoint: Checkpoint, preset: str) -> dict[str, str]:
@@ -213,6 +206,6 @@ def asked_and_given(checkpoint: Checkpoint, preset: str) -> dict[str, tuple[str,
         if len(shape) == 1:  # tensor_allows_quantization
             out[name] = ("f32", "f32")
             continue
-        kind = asked_type(rules, gguf_name(checkpoint.family, name), shape[1], model)
+        kind = asked_type(rules, gguf_name(checkpoint.family, name), model)
         out[name] = (kind, kind if rules.dense else fallback(kind, shape[1]))
     return out
