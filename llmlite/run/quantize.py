@@ -13,6 +13,7 @@ import torch
 
 from llmlite import __version__
 from llmlite.calibrate.corpus import default_corpora, read_corpus
+from llmlite.calibrate.ids import read_ids
 from llmlite.calibrate.rows import Rows, token_rows
 from llmlite.checkpoint.artifact import (
     atomic_directory,
@@ -189,6 +190,19 @@ def _low_bit_share(checkpoint: Checkpoint) -> float:
 
 
 def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Rows:
+    given = [source for source in settings.calibration if source.endswith(".npy")]
+    if given and len(settings.calibration) > 1:
+        raise InputError(f"--calibration {given[0]}: token ids stand alone; give that file and no other")
+    rows = read_ids(given[0]) if given else _text_rows(checkpoint, settings)
+    vocabulary = checkpoint.config["vocab_size"]
+    if rows.ids.max() >= vocabulary:
+        raise InputError(
+            f"{checkpoint.source}: the calibration text has token id {rows.ids.max()}, and the model {vocabulary} tokens"
+        )
+    return rows
+
+
+def _text_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Rows:
     from transformers import AutoTokenizer
 
     corpora = [read_corpus(source) for source in settings.calibration]
@@ -206,11 +220,6 @@ def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Row
             f"note: the calibration text has {rows.ids.size:,} tokens in whole rows, "
             f"{settings.calibration_tokens:,} were asked for",
             style="yellow",
-        )
-    vocabulary = checkpoint.config["vocab_size"]
-    if rows.ids.max() >= vocabulary:
-        raise InputError(
-            f"{checkpoint.source}: the tokenizer gives token id {rows.ids.max()}, the model has {vocabulary} tokens"
         )
     return rows
 
