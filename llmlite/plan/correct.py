@@ -1,9 +1,9 @@
-"""Correct predicted losses by measured ones: a factor for each role, then pairs of swaps that are measured.
+"""Correct predicted losses by measured ones: a factor for each role, then other choices that are measured.
 
 Predictions rank the tensors of one role well and are off from role to role. So the best choice is measured once as it
 is and once for each role with that role's tensors at their best types; least squares give every role its factor. The
-knapsack is solved anew with them, until its choice stays. Then pairs of tensors are tried, one to a better and one to
-a smaller type, and each try that measures lower is kept.
+knapsack is solved anew with them, until its choice stays. Then choices are tried that would be best if single tensors
+were off by as much as is expected; every trial tells something of the tensors it changed, and the best one is kept.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ Types = Mapping[str, str]
 Measure = Callable[[Types], float]
 PRIOR = 1e-4  # how strongly a role's factor is held to that of all: decides only where the runs say nothing
 FLOOR, CEILING = 0.05, 20.0  # of the factor of all
+DRAWS, SPREAD = 5, 0.6  # draws that may bring up a new choice, and their width as a share of the doubt
 ADDITIVE = 0.05  # relative error of taking the losses of two changes for their sum
 
 
@@ -34,11 +35,12 @@ class Item:
 
 @dataclass(frozen=True)
 class CorrectionSettings:
-    """How much is measured. With R roles, rounds n and swaps m at most 1 + R + n + m runs are made."""
+    """How much is measured. With R roles, rounds n and trials m at most 1 + R + n + m runs are made."""
 
     rounds: int = field(default=3, metadata={"help": "times the choice is solved anew after measuring it"})
-    swaps: int = field(default=20, metadata={"help": "pairs of types that are tried out by measuring"})
+    trials: int = field(default=20, metadata={"help": "other choices that are tried out by measuring"})
     doubt: float = field(default=0.3, metadata={"help": "relative error that is expected of a corrected loss"})
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class _Correction:
         self.runs: list[tuple[str, tuple[int, ...], float]] = []
 
     def run(self) -> Corrected:
-        first = self._solved()
+        first = self._solved(self.factors[self.role_of])
         self._measured("predicted", first)
         for number, role in enumerate(self.roles):
             best = [
@@ -113,23 +115,21 @@ class _Correction:
                 self._measured(f"{role} at its best", tuple(best))
         self._fit()
         for number in range(self.settings.rounds):
-            picks = self._solved()
+            picks = self._solved(self.factors[self.role_of])
             if any(picks == seen for _, seen, _ in self.runs):
                 break
             self._measured(f"corrected {number + 1}", picks)
             self._fit()
-        self._swap()
+        self._try_others()
         return self._result()
 
-    def _solved(self) -> tuple[int, ...]:
+    def _solved(self, factors: np.ndarray) -> tuple[int, ...]:
+        """The best choice where each item's losses are multiplied by its factor [items]."""
         rows = [
-            [Option(int(b), float(loss)) for b, loss in zip(sizes, losses, strict=True)]
-            for sizes, losses in zip(self.bytes, self._corrected(), strict=True)
+            [Option(int(size), float(loss)) for size, loss in zip(sizes, losses * factor, strict=True)]
+            for sizes, losses, factor in zip(self.bytes, self.loss, factors, strict=True)
         ]
         return tuple(solve(rows, self.budget).picks)
-
-    def _corrected(self) -> list[np.ndarray]:
-        return [loss * self.factors[of] for loss, of in zip(self.loss, self.role_of, strict=True)]
 
     def _size(self, picks: tuple[int, ...]) -> int:
         return sum(int(sizes[j]) for sizes, j in zip(self.bytes, picks, strict=True))
@@ -158,24 +158,39 @@ class _Correction:
     def _best(self) -> tuple[str, tuple[int, ...], float]:
         return min((run for run in self.runs if self._size(run[1]) <= self.budget), key=lambda run: run[2])
 
-    def _swap(self) -> None:
-        """Try the pairs with the most to win, were the predictions wrong by the doubt; learn from each."""
+    def _try_others(self) -> None:
+        """Measure choices that would be best, were the predictions as wrong as they may be; learn from each."""
         _, picks, loss = self._best()
         self.each = self.factors[self.role_of]
         self.variance = (self.settings.doubt * self.each) ** 2
-        for number in range(self.settings.swaps):
-            pair = self._pair(picks)
-            if pair is None:
+        chance = np.random.default_rng(self.settings.seed)
+        for number in range(self.settings.trials):
+            tried = self._unseen(chance)
+            if tried is None:
                 return
-            tried = list(picks)
-            for item, j in pair:
-                tried[item] = j
-            after = self._measured(f"swap {number + 1}", tuple(tried))
-            self._learn(
-                {item: float(self.loss[item][j] - self.loss[item][picks[item]]) for item, j in pair}, after - loss
-            )
+            after = self._measured(f"trial {number + 1}", tried)
+            changes = {
+                item: float(self.loss[item][new] - self.loss[item][old])
+                for item, (new, old) in enumerate(zip(tried, picks, strict=True))
+                if new != old
+            }
+            self._learn(changes, after - loss)
             if after < loss:
-                picks, loss = tuple(tried), after
+                picks, loss = tried, after
+
+    def _unseen(self, chance: np.random.Generator) -> tuple[int, ...] | None:
+        """The best choice by what was learned or, where that was measured, by factors drawn about it (Thompson 1933).
+
+        None where draws bring up nothing new: what was learned leaves no doubt.
+        """
+        seen = {picks for _, picks, _ in self.runs}
+        picks = self._solved(self.each)
+        for _ in range(DRAWS):
+            if picks not in seen:
+                return picks
+            drawn = self.each + SPREAD * np.sqrt(self.variance) * chance.normal(size=len(self.each))
+            picks = self._solved(np.maximum(drawn, FLOOR * self.each))
+        return None if picks in seen else picks
 
     def _learn(self, change: dict[int, float], seen: float) -> None:
         """Move the factors of the items changed towards the difference that was seen (a Kalman update, diagonal)."""
@@ -185,36 +200,6 @@ class _Correction:
         gain = spread / (by @ spread + noise)
         self.each[at] = np.maximum(self.each[at] + gain * (seen - by @ self.each[at]), FLOOR * self.each[at])
         self.variance[at] *= 1 - gain * by
-
-    def _pair(self, picks: tuple[int, ...]) -> list[tuple[int, int]] | None:
-        """One change to a better type, and one to a smaller where the bytes ask for it; None where none may win."""
-        changes = [
-            (item, j, int(self.bytes[item][j] - self.bytes[item][now]), float(loss[j] - loss[now]))
-            for item, (loss, now) in enumerate(zip(self.loss, picks, strict=True))
-            for j in range(len(loss))
-            if j != now
-        ]
-        better = [c for c in changes if c[3] < 0]
-        smaller = [(-1, 0, 0, 0.0), *(c for c in changes if c[2] < 0)]
-        if not better:
-            return None
-        (up, _, size, loss), (down, _, size2, loss2) = (np.array(rows).T for rows in (better, smaller))
-        up, down = up.astype(int), down.astype(int)
-        net = (loss * self.each[up])[:, None] + loss2 * self.each[down]
-        doubt = np.sqrt((loss**2 * self.variance[up])[:, None] + loss2**2 * self.variance[down])
-        left = self.budget - self._size(picks)
-        score = doubt - net
-        score[(size[:, None] + size2 > left) | (up[:, None] == down)] = -np.inf
-        seen = {picks for _, picks, _ in self.runs}
-        for place in np.argsort(score, axis=None)[::-1][: len(seen) + 1]:
-            i, k = np.unravel_index(place, score.shape)
-            pair = [(row[0], row[1]) for row in (better[i], smaller[k]) if row[0] >= 0]
-            new = list(picks)
-            for item, j in pair:
-                new[item] = j
-            if score[i, k] > 0 and tuple(new) not in seen:
-                return pair
-        return None
 
     def _result(self) -> Corrected:
         runs = tuple(

@@ -9,7 +9,7 @@ from llmlite.plan.correct import Corrected, CorrectionSettings, Item, Types, cor
 
 BITS = {"q2": 2.5625, "q3": 3.4375, "q4": 4.5, "q5": 5.5, "q6": 6.5625, "q8": 8.5}
 FACTORS = {"v": 4.0, "o": 0.5, "up": 1.3, "down": 0.4, "embedding": 2.5}
-NO_SWAPS = CorrectionSettings(swaps=0)
+NO_TRIALS = CorrectionSettings(trials=0)
 
 
 def network(seed: int = 0, layers: int = 6) -> list[Item]:
@@ -64,7 +64,7 @@ def test_factors_of_roles_are_found_and_with_them_the_best_choice(bits: float):
     meter = Meter(truth(items))
     picks = solve([list(item.options.values()) for item in items], limit).picks
     blind = meter({item.name: list(item.options)[k] for item, k in zip(items, picks, strict=True)})
-    done = correct(items, limit, meter, NO_SWAPS)
+    done = correct(items, limit, meter, NO_TRIALS)
     assert done.factors == pytest.approx(FACTORS, rel=0.15)
     assert done.measured == pytest.approx(best_of(meter.items, limit), rel=0.01)
     assert done.measured < 0.95 * blind
@@ -75,18 +75,18 @@ def test_factors_of_roles_are_found_and_with_them_the_best_choice(bits: float):
 def test_losses_that_do_not_just_add_up_are_corrected_too():
     items, limit = network(), limit_of(network(), 3.5)
     meter = Meter(truth(items), bend=2.0)
-    done = correct(items, limit, meter, NO_SWAPS)
+    done = correct(items, limit, meter, NO_TRIALS)
     best = best_of(meter.items, limit)
     assert done.measured <= 1.05 * best * (1 + 2.0 * best)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_swaps_mend_single_tensors(seed: int):
+def test_trials_mend_single_tensors(seed: int):
     items = network(seed, layers=12)
     limit = limit_of(items, 3.7)
     meter = Meter(truth(items, wrong=0.6, seed=seed))
-    without = correct(items, limit, meter, NO_SWAPS)
-    done = correct(items, limit, meter, CorrectionSettings(swaps=40, doubt=0.6))
+    without = correct(items, limit, meter, NO_TRIALS)
+    done = correct(items, limit, meter, CorrectionSettings(trials=40, doubt=0.6))
     best = best_of(meter.items, limit)
     assert best <= done.measured
     assert done.measured - best < 0.5 * (without.measured - best)
@@ -96,7 +96,7 @@ def test_swaps_mend_single_tensors(seed: int):
 def test_no_more_runs_are_made_than_allowed():
     items = network()
     meter = Meter(truth(items, wrong=0.5))
-    done = correct(items, limit_of(items, 4.0), meter, CorrectionSettings(rounds=2, swaps=7))
+    done = correct(items, limit_of(items, 4.0), meter, CorrectionSettings(rounds=2, trials=7))
     assert meter.calls == len(done.runs) <= 1 + 5 + 2 + 7
     assert done.measured == min(run.measured for run in done.runs if run.bytes <= limit_of(items, 4.0))
 

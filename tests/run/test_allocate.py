@@ -17,7 +17,7 @@ from tests.tiny import save_tiny
 
 BITS = {"two": 2, "three": 3, "four": 4, "six": 6}
 IDS = np.random.default_rng(0).integers(0, 320, (12, 32))
-FEW = AllocateSettings(measure_rows=4, correction=CorrectionSettings(swaps=6))
+FEW = AllocateSettings(measure_rows=4, correction=CorrectionSettings(trials=6))
 
 
 def offer(checkpoint: Checkpoint) -> Offer:
