@@ -49,7 +49,7 @@ class QuantizeSettings:
     solver: SolverName = field(
         default="auto",
         metadata={
-            "help": "rtn rounds to nearest; imatrix too, with scales weighted by the inputs; feedback (auto) makes each "
+            "help": "rtn rounds to nearest; imatrix too, with scales weighted by the inputs; feedback (auto) makes "
             "error good by other weights"
         },
     )
@@ -68,6 +68,10 @@ class QuantizeSettings:
         metadata={"help": "feedback: how much of the drift of a layer's inputs is made good by its weights, 0 to 1"},
     )
     damping: float = field(default=0.01, metadata={"help": "added to the moments' diagonal, as a share of its mean"})
+    types: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "gguf: PATTERN=TYPE over the type that TO gives, last match wins, as in down_proj=q6_k"},
+    )
     seed: int = field(default=0, metadata={"help": "chooses the calibration rows"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
@@ -105,7 +109,7 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
         torch.set_num_threads(settings.threads)
     with _opened(str(model), settings.revision, out) as checkpoint:
         target = parse_target(settings.to)
-        types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act)
+        types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act, settings.types)
         plan = make_plan(checkpoint, target, types, settings.solver)
         _check_solver_options(settings, plan)
         flattered = _low_bit_share(checkpoint)
@@ -119,15 +123,15 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
         _check_disk(out, checkpoint, plan, rows)
         _tell_memory(checkpoint, plan)
         with atomic_directory(out) as directory:
-            sink = open_sink(directory, checkpoint, plan, types)
-            for note in sink.notes:
+            sink = open_sink(directory, checkpoint, plan, types, rows)
+            for note in (*plan.notes, *sink.notes):
                 console.print(f"note: {note}", style="yellow", markup=False)
             try:
                 errors = Job(checkpoint, plan, sink, _work(settings, directory)).run(rows)
                 sink.close()
             finally:
                 sink.abandon()
-            done = Quantized(out, plan, errors, flattered, sink.notes)
+            done = Quantized(out, plan, errors, flattered, (*plan.notes, *sink.notes))
             write_manifest(directory, _manifest(checkpoint, done, rows, settings))
     return done
 
@@ -197,7 +201,7 @@ def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Row
     vocabulary = checkpoint.config["vocab_size"]
     if rows.ids.max() >= vocabulary:
         raise InputError(
-            f"{checkpoint.source}: the calibration text has token id {rows.ids.max()}, and the model {vocabulary} tokens"
+            f"{checkpoint.source}: the calibration text has token id {rows.ids.max()}, the model {vocabulary} tokens"
         )
     return rows
 

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 
+from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import GGUF_FILE
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.safetensors_writer import SafetensorsWriter
@@ -16,8 +17,9 @@ from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import BitsAndBytes, StoredScales
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gguf.export import describe
+from llmlite.formats.gguf.metadata import imatrix_metadata
 from llmlite.formats.gguf.writer import GgufWriter
-from llmlite.plan.plan import Plan, PlanRow
+from llmlite.plan.plan import CALIBRATED, Plan, PlanRow
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
 from llmlite.quantize.types import Grid, Ranges, Rounded
 
@@ -123,13 +125,18 @@ class SafetensorsSink:
 class GgufSink:
     """One GGUF file with everything llama.cpp needs."""
 
-    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes):
+    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes, rows: Rows | None):
         self._model = describe(checkpoint)
         self.notes = self._model.notes
         extra = self._model.extra()
         layout = {self._model.gguf_name(row.name): (row.type, row.shape) for row in plan.rows}
         layout.update({name: ("f32", tuple(tensor.shape)) for name, tensor in extra.items()})
-        self._writer = GgufWriter(directory / GGUF_FILE, self._model.metadata, layout)
+        metadata = {**self._model.metadata, **types.metadata}
+        if rows is not None:
+            dataset = ", ".join(source["source"] for source in rows.sources)
+            solved = sum(row.solver in CALIBRATED for row in plan.rows)
+            metadata |= imatrix_metadata("measured while rounding", dataset, solved, len(rows.ids))
+        self._writer = GgufWriter(directory / GGUF_FILE, metadata, layout)
         self._extra = extra
 
     def grid(self, row: PlanRow) -> Grid | None:
@@ -160,8 +167,10 @@ class GgufSink:
         self._writer.abandon()
 
 
-def open_sink(directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes | SafetensorsTypes) -> Sink:
-    """The sink for the plan's target."""
+def open_sink(
+    directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes | SafetensorsTypes, rows: Rows | None
+) -> Sink:
+    """The sink for the plan's target; ``rows``: the calibration tokens, which a GGUF file tells of."""
     if isinstance(types, GgufTypes):
-        return GgufSink(directory, checkpoint, plan, types)
+        return GgufSink(directory, checkpoint, plan, types, rows)
     return SafetensorsSink(directory, checkpoint, plan, types)
