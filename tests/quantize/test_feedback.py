@@ -1,124 +1,88 @@
 import pytest
 import torch
 
-from llmlite.quantize.feedback import FeedbackSettings, error_feedback
-from llmlite.quantize.grid import codes_of, fit, values_of
-from llmlite.quantize.rtn import relative_error, round_to_nearest, row_errors
-from llmlite.quantize.types import Grid, Moments
+from llmlite.quantize.feedback import feedback
+from llmlite.quantize.grid import fit
+from llmlite.quantize.rtn import nearest
+from llmlite.quantize.types import Grid
+from tests.quantize.dense import Dense, loss, optimal_brain
+from tests.quantize.synthetic import GGUF, GRIDS, OTHER, SMALL, matrix_of, row_losses, weights
 
-WIDTH, ROWS = 96, 8
-
-
-def problem(seed: int = 0, tokens: int = 400) -> tuple[torch.Tensor, Moments]:
-    chance = torch.Generator().manual_seed(seed)
-    mix = torch.randn(WIDTH, WIDTH, generator=chance) * torch.logspace(-1, 0.5, WIDTH)
-    x = torch.randn(tokens, WIDTH, generator=chance) @ mix
-    return torch.randn(ROWS, WIDTH, generator=chance), Moments(x.T @ x, x.abs().amax(0), tokens)
-
-
-def dense_feedback(weight, moments, grid, order_name, damping):
-    """GPTQ as the paper derives it (optimal brain quantization in a fixed order), one weight row after another.
-
-    After each channel the inverse of the moments over the channels still to come is updated by eliminating that
-    channel; no factorization, no blocks, float64.
-    """
-    m = moments.xxt.double()
-    diagonal = moments.xxt.diagonal()
-    order = list(range(WIDTH))
-    if order_name != "none":
-        order = torch.argsort(diagonal, descending=True, stable=True).tolist()
-    size = grid.group or WIDTH
-    home = {c: (k if order_name == "group" else c) // size for k, c in enumerate(order)}
-    m = m + damping * m.diagonal().mean() * torch.eye(WIDTH, dtype=torch.float64)
-    importance = diagonal.clamp(min=0) + damping * diagonal.mean()
-    out = torch.zeros(ROWS, WIDTH, dtype=torch.float64)
-    for row in range(ROWS):
-        w, inverse = weight[row].double().clone(), torch.linalg.inv(m)
-        grids = {}
-        if order_name == "static":
-            for g in range(WIDTH // size):
-                members = [c for c in range(WIDTH) if home[c] == g]
-                grids[g] = fit(weight[row, members].float()[None, None], grid, importance[None, members])
-        for c in order:
-            g = home[c]
-            if g not in grids:
-                members = [k for k in order if home[k] == g]
-                grids[g] = fit(w[members].float()[None, None], grid, importance[None, members])
-            scale, offset = grids[g][0][0], None if grids[g][1] is None else grids[g][1][0]
-            code = codes_of(w[c].float()[None], scale, offset, grid)
-            value = values_of(code, scale, offset, grid).double()[0]
-            out[row, c] = value
-            error = (w[c] - value) / inverse[c, c]
-            w -= error * inverse[c]
-            w[c] = value
-            inverse = inverse - torch.outer(inverse[:, c], inverse[c]) / inverse[c, c]
-            inverse[c, :] = inverse[:, c] = 0
-            inverse[c, c] = 1
-    return out.float()
+CASES: dict[str, tuple[Grid, int]] = {
+    "q4_0": (GGUF["q4_0"], 96),
+    "q4_1": (GGUF["q4_1"], 96),
+    "iq4_nl": (GGUF["iq4_nl"], 96),
+    "integer": (OTHER["gptq-3-asymmetric"], 96),
+    "row": (Grid(4, None), 100),
+    "super-minimum": (SMALL["super-minimum"], 192),
+    "q4_k": (GGUF["q4_k"], 512),
+}
 
 
-@pytest.mark.parametrize("order", ["none", "static", "group"])
-@pytest.mark.parametrize(
-    "grid",
-    [
-        Grid(4, 32),
-        Grid(3, 32, "integer"),
-        Grid(4, 32, "minimum"),
-        Grid(4, 32, scale_rule="signed"),
-        Grid(4, None),
-    ],
-    ids=str,
-)
-def test_equals_the_dense_derivation_over_three_groups(order: str, grid: Grid):
-    weight, moments = problem()
-    want = dense_feedback(weight, moments, grid, "static" if grid.group is None and order == "group" else order, 0.01)
-    plain = row_errors(weight, round_to_nearest(weight, None, grid).dequantize(), moments)
-    better = row_errors(weight, want, moments) < 0.9 * plain  # other rows may rightly fall back to plain rounding
-    assert better.sum() >= 3
-    got = error_feedback(weight, moments, grid, FeedbackSettings(order, 0.01)).dequantize()
-    same = (got - want).abs().amax(-1) < 1e-4 * weight.abs().max()
-    # A tie that falls the other way in float32 changes everything after it in its row, and nothing in another row.
-    assert same[better].sum() >= 0.6 * better.sum()
-    mine, theirs = row_errors(weight, got, moments)[better], row_errors(weight, want, moments)[better]
-    assert mine.sum() == pytest.approx(theirs.sum().item(), rel=0.05)
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("block", [32, 64, 96, 7])
-def test_the_block_size_changes_nothing(block: int):
-    weight, moments = problem(3)
-    grid = Grid(4, 32)
-    a = error_feedback(weight, moments, grid, FeedbackSettings("static", block=block))
-    b = error_feedback(weight, moments, grid, FeedbackSettings("static", block=96))
-    assert torch.equal(a.codes, b.codes)
+@pytest.mark.parametrize("fixed", [False, True], ids=["fitted", "fixed"])
+@pytest.mark.parametrize("name", CASES)
+def test_feedback_is_optimal_brain_quantization_in_a_fixed_order(name: str, fixed: bool, in_float64):
+    """In float64, where no tie can fall the other way: the same codes and ranges, all of them."""
+    grid, width = CASES[name]
+    target, matrix = weights("normal", 6, width).double(), matrix_of(width, 3 * width).double()
+    ranges = fit(target, grid, matrix.diagonal()) if fixed else None
+    want = optimal_brain(target, matrix, grid, ranges)
+    got = feedback(target, matrix, grid, ranges)
+    for mine, theirs in zip(got.ranges.tensors(), want.ranges.tensors(), strict=True):
+        assert mine is theirs is None or torch.equal(mine, theirs)
+    low = 1 if grid.scale_rule == "narrow" else 0
+    assert torch.equal(got.codes.long(), want.index + low)
+    torch.testing.assert_close(got.dequantize().double(), want.values(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("order", ["none", "static", "group"])
-def test_never_worse_than_round_to_nearest_row_by_row(bits: int, order: str):
-    for seed in range(3):
-        weight, moments = problem(seed, tokens=60)  # fewer tokens than channels: singular moments
-        grid = Grid(bits, 32)
-        solved = error_feedback(weight, moments, grid, FeedbackSettings(order))
-        mine = row_errors(weight, solved.dequantize(), moments).sum()
-        plain = row_errors(weight, round_to_nearest(weight, None, grid).dequantize(), moments).sum()
-        assert mine <= plain
-        assert solved.error == pytest.approx(relative_error(weight, solved.dequantize(), moments), rel=1e-4)
+@pytest.mark.parametrize("name", [name for name, (_, width) in CASES.items() if width < 200])
+def test_in_float32_it_loses_as_much(name: str):
+    """A tie that falls the other way changes what comes after it in its row, and nothing in another row."""
+    grid, width = CASES[name]
+    target, matrix = weights("student", 16, width), matrix_of(width, 3 * width)
+    want: Dense = optimal_brain(target, matrix, grid)
+    got = feedback(target, matrix, grid)
+    assert got.codes.dtype == torch.uint8
+    total = loss(target, want.values(), matrix).sum().item()
+    assert row_losses(target, got.dequantize(), matrix).sum().item() == pytest.approx(total, rel=0.02)
 
 
-def test_group_order_names_groups_by_falling_second_moment():
-    weight, moments = problem()
-    index = error_feedback(weight, moments, Grid(4, 32), FeedbackSettings("group")).group_index
-    diagonal = moments.xxt.diagonal()
-    assert index.bincount().tolist() == [32, 32, 32]
-    assert diagonal[index == 0].min() >= diagonal[index == 1].max()
+@pytest.mark.parametrize("name", GRIDS)
+def test_correlated_inputs_make_it_better_than_rounding_to_nearest(name: str):
+    grid, width = GRIDS[name], 256
+    target, matrix = weights("normal", 8, width), matrix_of(width, 800)
+    plain = nearest(target, fit(target, grid, matrix.diagonal()), grid).dequantize()
+    solved = feedback(target, matrix, grid).dequantize()
+    assert row_losses(target, solved, matrix).sum() < 0.9 * row_losses(target, plain, matrix).sum()
 
 
-def test_channels_that_were_never_active_are_rounded_and_nothing_is_nan():
-    weight, moments = problem()
-    xxt = moments.xxt.clone()
-    xxt[10] = xxt[:, 10] = 0
-    for dead in (xxt, torch.zeros_like(xxt)):
-        solved = error_feedback(weight, Moments(dead, moments.absmax, 400), Grid(4, 32))
-        assert torch.isfinite(solved.dequantize()).all()
-        # It is rounded like the others; an unimportant extreme may be clipped to half the range.
-        assert (solved.dequantize()[:, 10] - weight[:, 10]).abs().max() <= 0.6 * weight.abs().max()
+@pytest.mark.parametrize("width", [96, 7, 97, 33])
+def test_uncorrelated_inputs_leave_every_weight_on_its_nearest_value(width: int):
+    grid = Grid(4, None)
+    target, matrix = weights("normal", 5, width), torch.diag(torch.rand(width) + 0.5)
+    solved = feedback(target, matrix, grid)
+    assert torch.equal(solved.codes, nearest(target, fit(target, grid, matrix.diagonal()), grid).codes)
+
+
+def test_ranges_that_are_given_are_kept():
+    grid, matrix = GGUF["q4_k"], matrix_of(512, 600)
+    target = weights("normal", 4, 512)
+    ranges = fit(2 * target, grid)
+    solved = feedback(target, matrix, grid, ranges)
+    for mine, given in zip(solved.ranges.tensors(), ranges.tensors(), strict=True):
+        assert torch.equal(mine, given)
+
+
+def test_moments_that_are_not_positive_definite_are_refused():
+    matrix = matrix_of(64, 200)
+    values, vectors = torch.linalg.eigh(matrix)
+    values[0] = -values[-1] / 10
+    with pytest.raises(ValueError, match="not positive definite"):
+        feedback(weights("normal", 2, 64), vectors @ values.diag() @ vectors.T, Grid(4, 32))
