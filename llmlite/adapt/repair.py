@@ -1,0 +1,251 @@
+"""Tune what is real in a GGUF file of rounded weights on the base's predictions, at the same bytes and types.
+
+Codes, whole-number scales, embedding and head stay; norms, biases, float16 scales and minimums are trained with Adam on
+KL(base || file), as the second phase of EfficientQAT (Chen et al. 2024, section 3.3) trains step sizes. Rows that are
+not trained on judge: the file stays as it was unless they say that the new one, rounded and read back, is nearer.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from llmlite.adapt.student import Student, Values, members, raw_bytes, with_factors
+from llmlite.adapt.teacher import LOGIT_ROWS, Teacher, disk_needed, divergence, logits_of, teach
+from llmlite.calibrate.moments import HELD_EVERY
+from llmlite.calibrate.rows import Rows
+from llmlite.checkpoint.artifact import refuse_full_disk
+from llmlite.checkpoint.checkpoint import Checkpoint
+from llmlite.checkpoint.families import EMBEDDING, HEAD, LAYER
+from llmlite.errors import InputError
+from llmlite.formats.gguf import types as gguf
+from llmlite.memory import give_freed_memory_back
+from llmlite.progress import track
+
+
+@dataclass(frozen=True)
+class RepairSettings:
+    """How long and how fast to train. The rates are relative changes per step at the start; they fall as a cosine."""
+
+    steps: int = field(default=64, metadata={"help": "steps of repair at most"})
+    batch_rows: int = 2
+    norm_rate: float = 1e-3
+    scale_rate: float = 1e-3
+    top: int = 512
+    judge_every: int = 8
+    patience: int = 3
+    held_rows: int = 16
+    seed: int = 0
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Repaired:
+    """Divergence from the base on held-out rows in nats per token, of the file before and of the one that is there now.
+
+    ``steps``: trained in all; ``best_step``: whose values were kept, 0 where the file stayed as it was, and ``note``
+    then says so.
+    """
+
+    before: float
+    after: float
+    steps: int
+    best_step: int
+    seconds: float
+    note: str | None = None
+
+
+def check_repair(checkpoint: Checkpoint, target_format: str, ids: np.ndarray, settings: RepairSettings) -> None:
+    """`InputError` for what `repair` can't do, before any work: ``ids`` int64 [rows, length] is the text."""
+    if target_format != "gguf":
+        raise InputError(f"--repair works on gguf targets, and this one is {target_format}; leave it out")
+    if settings.steps < 1:
+        raise InputError(f"--repair-steps {settings.steps}: at least 1 is right")
+    if len(ids) < HELD_EVERY:
+        raise InputError(
+            f"--repair: the calibration text has {len(ids)} rows, and at least {HELD_EVERY} are right: every "
+            f"{HELD_EVERY}th judges what the others train"
+        )
+    needed, free = memory_needed(checkpoint, ids.shape[1]), psutil.virtual_memory().available
+    if needed > free:
+        raise InputError(
+            f"--repair: the whole model is trained at once, which needs about {needed / 2**20:,.0f} MiB of memory, and "
+            f"the machine has {free / 2**20:,.0f} MiB free; leave it out"
+        )
+
+
+def memory_needed(checkpoint: Checkpoint, length: int) -> int:
+    """Bytes that `repair` takes at the peak for rows of ``length`` tokens, about."""
+    sizes = {name: math.prod(entry.shape) for name, entry in checkpoint.tensors.items()}
+    linears = {name: size for name, size in sizes.items() if name.startswith(LAYER) and "_proj." in name}
+    outer = sizes[EMBEDDING] + (0 if checkpoint.tied else sizes[HEAD])
+    weights = 2 * sum(linears.values()) + 4 * outer  # a step and an eighth of: factor, change, slope, Adam's two, best
+    wide = sum(checkpoint.tensors[name].shape[0] for name in linears if name.startswith(f"{LAYER}0."))
+    hidden, vocabulary = checkpoint.config["hidden_size"], checkpoint.config["vocab_size"]
+    activations = 4 * length * (hidden * (checkpoint.num_layers + 16) + 4 * wide)
+    return weights + activations + 4 * 6 * LOGIT_ROWS * vocabulary + 4 * 4 * max(linears.values())
+
+
+def repair(checkpoint: Checkpoint, gguf_file: Path, rows: Rows, settings: RepairSettings, scratch: Path) -> Repaired:
+    """Tune ``gguf_file``, an artifact of ``checkpoint``, in place: replaced in one step by a file of the same layout.
+
+    ``rows`` is the calibration text, every eighth row held out; in the folder ``scratch`` the base's predictions are
+    kept meanwhile. The file is never worse on the held-out rows than it was. Raises `InputError` as `check_repair`
+    does, and for a file that is not this checkpoint's.
+    """
+    start = time.monotonic()
+    gguf_file = Path(gguf_file)
+    check_repair(checkpoint, "gguf" if gguf_file.suffix == ".gguf" else "safetensors", rows.ids, settings)
+    trained, held = _chosen(len(rows.ids), settings)
+    used = sorted({*trained, *held})
+    ids = rows.ids[used]
+    kept = disk_needed(len(ids), ids.shape[1], settings.top, checkpoint.config["hidden_size"])
+    refuse_full_disk(gguf_file, gguf_file.stat().st_size, kept)
+    place = {row: number for number, row in enumerate(used)}
+    teacher = teach(checkpoint, ids, scratch, settings.top, settings.device)
+    new = gguf_file.with_name(f".{gguf_file.name}.repaired")
+    try:
+        run = _Run(checkpoint, ids, teacher, [place[row] for row in held], settings)
+        before, steps, best = run.train(gguf_file, [place[row] for row in trained])
+        after = before
+        if best is not None:
+            rewrite(checkpoint, gguf_file, best.values, new)
+            after = run.judged(Student(checkpoint, new, settings.device))
+        if best is None or not after < before:
+            note = f"repair: {steps} steps made the file no nearer to its base on held-out text, so it is as it was"
+            return Repaired(before, before, steps, 0, round(time.monotonic() - start, 1), note)
+        os.replace(new, gguf_file)
+        _flush_folder(gguf_file.parent)
+        return Repaired(before, after, steps, best.step, round(time.monotonic() - start, 1))
+    finally:
+        new.unlink(missing_ok=True)
+        teacher.remove()
+
+
+def _chosen(rows: int, settings: RepairSettings) -> tuple[list[int], list[int]]:
+    """The row of each place in each step's batch, and the rows that judge, spread over the text."""
+    held = np.arange(HELD_EVERY - 1, rows, HELD_EVERY)
+    held = held[np.unique(np.linspace(0, len(held) - 1, min(len(held), settings.held_rows)).round().astype(int))]
+    others = np.array([row for row in range(rows) if row % HELD_EVERY != HELD_EVERY - 1])
+    chance, wanted = np.random.default_rng(settings.seed), settings.steps * settings.batch_rows
+    epochs = [chance.permutation(others) for _ in range(-(-wanted // len(others)))]
+    return np.concatenate(epochs)[:wanted].tolist(), held.tolist()
+
+
+@dataclass(frozen=True)
+class _Best:
+    step: int
+    values: Values
+
+
+class _Run:
+    """Trains and judges students on the same rows ``ids`` of text, ``held`` their numbers that judge."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, ids: np.ndarray, teacher: Teacher, held: list[int], settings: RepairSettings
+    ):
+        self.checkpoint, self.teacher, self.held, self.settings = checkpoint, teacher, held, settings
+        self.ids = torch.from_numpy(ids)
+
+    def train(self, file: Path, order: list[int]) -> tuple[float, int, _Best | None]:
+        """The held-out divergence of the file, the steps made, and the best values if any are better than the file's.
+
+        ``order``: the rows of the batches, one behind the other.
+        """
+        settings = self.settings
+        student = Student(self.checkpoint, file, settings.device)
+        before = least = self.judged(student)
+        best, since = None, 0
+        optimizer = torch.optim.Adam(
+            [
+                {"params": student.vector_changes(), "lr": settings.norm_rate},
+                {"params": student.factor_changes(), "lr": settings.scale_rate},
+            ],
+            betas=(0.9, 0.95),
+            eps=1e-12,  # one group's share of the slope is far below Adam's default
+        )
+        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(settings.steps))
+        for step in track(range(1, settings.steps + 1), "repair"):
+            for row in order[(step - 1) * settings.batch_rows : step * settings.batch_rows]:
+                self._backward(student, row)
+            optimizer.step()
+            optimizer.zero_grad()
+            fall.step()
+            if step % settings.judge_every and step < settings.steps:
+                continue
+            now = self.judged(student)
+            if now < least:
+                least, best, since = now, _Best(step, student.values()), 0
+            else:
+                since += 1
+            if since == settings.patience:
+                break
+        del student, optimizer
+        give_freed_memory_back()
+        return before, step, best
+
+    @torch.no_grad()
+    def judged(self, student: Student) -> float:
+        """The mean divergence in nats per token over the held-out rows."""
+        total = 0.0
+        for row in self.held:
+            hidden = student.hidden(self.ids[row : row + 1])[0]
+            total += sum(float(kl.sum(dtype=torch.float64)) for kl in self._divergences(student, hidden, row))
+        return total / (len(self.held) * self.ids.shape[1])
+
+    def _backward(self, student: Student, row: int) -> None:
+        """Add one row's share of a batch to the slopes; the logits of a few positions are held at a time."""
+        hidden = student.hidden(self.ids[row : row + 1])
+        leaf = hidden.detach().requires_grad_()
+        for kl in self._divergences(student, leaf[0], row):
+            (kl.sum() / (self.ids.shape[1] * self.settings.batch_rows)).backward()
+        hidden.backward(leaf.grad)
+
+    def _divergences(self, student: Student, hidden: torch.Tensor, row: int) -> Iterator[torch.Tensor]:
+        ids, logs = (part.to(hidden.device) for part in self.teacher.read(row))
+        for start in range(0, len(hidden), LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
+            yield divergence(logits_of(hidden[part], student.head, self.checkpoint), ids[part], logs[part])
+
+
+def _cosine(steps: int) -> Callable[[int], float]:
+    """The share of the first rate at each step: 1 at the first, 0 after the last."""
+    return lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+
+def rewrite(checkpoint: Checkpoint, file: Path, values: Values, new: Path) -> None:
+    """Write ``file`` again as ``new``, flushed, with other ``values`` (see `Student.values`), as float32 or float16.
+
+    Every other byte is the same.
+    """
+    shutil.copyfile(file, new)
+    with open(new, "r+b") as sink:
+        for tensor in members(checkpoint, file).values():
+            if tensor.name not in values:
+                continue
+            first, *more = values[tensor.name]
+            assert first is not None
+            if gguf.TYPES[tensor.type].grid is None:
+                data = gguf.encode(first, tensor.type)
+            else:
+                rounded = gguf.read(raw_bytes(tensor), tensor.type, tensor.shape)
+                data = gguf.pack(with_factors(rounded, first, *more), tensor.type)
+            sink.seek(tensor.start)
+            sink.write(data.tobytes())
+        sink.flush()
+        os.fsync(sink.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)

@@ -1,0 +1,106 @@
+"""What the base predicts for some rows of text, computed once and kept on disk, and the divergence from it.
+
+Of every position the ``top`` likeliest tokens are kept by name and all others as one: the Kullback-Leibler divergence
+over these top + 1 outcomes is at most the whole one (log sum inequality), and equal to it where the others' shares
+among themselves are unchanged.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llmlite.calibrate.stream import LayerStream
+from llmlite.checkpoint.checkpoint import Checkpoint, meta_model
+from llmlite.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
+from llmlite.memory import give_freed_memory_back
+from llmlite.progress import track
+
+BATCH_TOKENS = 2048
+LOGIT_ROWS = 128  # positions whose logits over the vocabulary are held at a time
+
+
+class Teacher:
+    """The base's predictions on disk: for each row int32 [length, top] token ids and float32 [length, top + 1] log-
+    probabilities, that of all other tokens together last.
+    """
+
+    def __init__(self, folder: Path, rows: int, length: int, top: int):
+        self.rows, self._shape = rows, (length, top)
+        self._ids, self._logs = folder / ".teacher-ids", folder / ".teacher-logs"
+        self._ids.write_bytes(b"")
+        self._logs.write_bytes(b"")
+
+    def add(self, ids: torch.Tensor, logs: torch.Tensor) -> None:
+        """Append positions: token ids [n, top] and log-probabilities [n, top + 1]."""
+        for file, part, dtype in ((self._ids, ids, np.int32), (self._logs, logs, np.float32)):
+            with open(file, "ab") as sink:
+                sink.write(part.cpu().numpy().astype(dtype).tobytes())
+
+    def read(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids int64 [length, top] and log-probabilities float32 [length, top + 1] of one row."""
+        length, top = self._shape
+        found = []
+        for file, dtype, width in ((self._ids, np.int32, top), (self._logs, np.float32, top + 1)):
+            count = length * width
+            part = np.fromfile(file, dtype=dtype, count=count, offset=row * count * 4)
+            found.append(torch.from_numpy(part.reshape(length, width)))
+        return found[0].long(), found[1]
+
+    def remove(self) -> None:
+        """Delete what is on disk."""
+        self._ids.unlink(missing_ok=True)
+        self._logs.unlink(missing_ok=True)
+
+
+def disk_needed(rows: int, length: int, top: int, hidden: int) -> int:
+    """Bytes that `teach` puts into its folder at most."""
+    return rows * length * (2 * top + 1 + hidden) * 4
+
+
+def teach(checkpoint: Checkpoint, ids: np.ndarray, folder: Path, top: int, device: str = "cpu") -> Teacher:
+    """The base's predictions for token rows int64 [rows, length], one decoder layer in memory at a time, float32."""
+    rows, length = ids.shape
+    batch = max(BATCH_TOKENS // length, 1)
+    stream = LayerStream(checkpoint, device)
+    hidden = stream.embed(ids, folder / ".teacher-hidden", batch)
+    for number in track(range(checkpoint.num_layers), "base's predictions"):
+        with stream.layer(number) as module:
+            for start in range(0, rows, batch):
+                hidden.write(start, stream.forward(number, module, hidden.read(start, batch)))
+        give_freed_memory_back()
+    norm = meta_model(checkpoint.config, checkpoint.source).model.norm  # type: ignore[union-attr]
+    norm.load_state_dict({"weight": checkpoint.read(FINAL_NORM).to(device, torch.float32)}, assign=True)
+    head = checkpoint.read(EMBEDDING if checkpoint.tied else HEAD).to(device, torch.float32)
+    teacher = Teacher(folder, rows, length, min(top, len(head) - 1))
+    with torch.no_grad():
+        for row in track(range(rows), "base's likeliest tokens"):
+            for part in norm(hidden.read(row, 1).to(device))[0].split(LOGIT_ROWS):
+                logs = torch.log_softmax(logits_of(part, head, checkpoint), -1)
+                best = logs.topk(min(top, len(head) - 1), -1)
+                teacher.add(best.indices, _with_rest(logs, best.indices))
+    hidden.remove()
+    return teacher
+
+
+def logits_of(hidden: torch.Tensor, head: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    """Logits [n, vocabulary] of final hidden states [n, hidden] after the last norm."""
+    logits = hidden @ head.T
+    cap = checkpoint.config.get("final_logit_softcapping")
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def divergence(logits: torch.Tensor, ids: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+    """KL(base || student) in nats of each position, float32 [n], over the base's likeliest tokens and the rest.
+
+    ``logits`` [n, vocabulary] are the student's, ``ids`` [n, top] and ``logs`` [n, top + 1] what `Teacher.read` gives.
+    """
+    return (logs.exp() * (logs - _with_rest(torch.log_softmax(logits, -1), ids))).sum(-1)
+
+
+def _with_rest(logs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [n, top + 1] of the tokens ``ids`` [n, top], and of all others together."""
+    rest = logs.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logs.gather(-1, ids), rest], -1)
