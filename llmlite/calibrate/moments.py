@@ -11,26 +11,27 @@ HELD_EVERY = 8  # every eighth row of the calibration text is kept from the solv
 
 
 class MomentSums:
-    """Sums x xT, and y xT where the unquantized network's inputs y are given, over the rows of a corpus.
+    """Sums x xT, and y xT and r xT where they are given, over the rows of a corpus.
 
-    Of a corpus of at least `HELD_EVERY` rows every eighth goes into the held-out moments instead.
+    y: the unquantized network's inputs in x's place; r: what its residual stream has more where these layers write to
+    it. Of a corpus of at least `HELD_EVERY` rows every eighth goes into the held-out moments instead.
     """
 
-    def __init__(self, width: int, rows: int, device: str | torch.device = "cpu", *, drift: bool = False):
-        self._held = _Sum(width, device, cross=False) if rows >= HELD_EVERY else None
-        self._sum = _Sum(width, device, cross=drift)
+    def __init__(self, width: int, rows: int, device: str | torch.device = "cpu"):
+        self._held = _Sum(width, device) if rows >= HELD_EVERY else None
+        self._sum = _Sum(width, device)
 
-    def add(self, start: int, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
-        """Take in rows [rows, length, in] of the corpus from ``start``; y alike."""
+    def add(self, start: int, x: torch.Tensor, y: torch.Tensor | None = None, r: torch.Tensor | None = None) -> None:
+        """Take in rows [rows, length, in] of the corpus from ``start``; y alike, r [rows, length, out]."""
         if self._held is None:
-            self._sum.add(x, y)
+            self._sum.add(x, y, r)
             return
         held = torch.arange(start, start + len(x)) % HELD_EVERY == HELD_EVERY - 1
-        if held.any():
-            self._held.add(x[held], None)
-            x, y = x[~held], None if y is None else y[~held]
-        if len(x):
-            self._sum.add(x, y)
+        for rows, total in ((held, self._held), (~held, self._sum)):
+            if rows.all():
+                total.add(x, y, r)
+            elif rows.any():
+                total.add(x[rows], None if y is None else y[rows], None if r is None else r[rows])
 
     def moments(self) -> Moments:
         """What was summed."""
@@ -39,23 +40,32 @@ class MomentSums:
 
 
 class _Sum:
-    def __init__(self, width: int, device: str | torch.device, *, cross: bool):
+    def __init__(self, width: int, device: str | torch.device):
         self.xxt = torch.zeros(width, width, device=device)
-        self.cross = torch.zeros_like(self.xxt) if cross else None
         self.absmax = torch.zeros(width, device=device)
         self.count = 0
+        self.cross: torch.Tensor | None = None
+        self.residual: torch.Tensor | None = None
 
-    def add(self, x: torch.Tensor, y: torch.Tensor | None) -> None:
+    def add(self, x: torch.Tensor, y: torch.Tensor | None, r: torch.Tensor | None) -> None:
         x = x.reshape(-1, x.shape[-1]).float()
         for top in range(0, len(self.xxt), TILE):
             rows = x[:, top : top + TILE].T
             self.xxt[top : top + TILE, : top + TILE].addmm_(rows, x[:, : top + TILE])
-        if self.cross is not None and y is not None:
-            self.cross.addmm_(y.reshape(-1, y.shape[-1]).float().T, x)
+        if y is not None:
+            self.cross = _plus(self.cross, y, x)
+        if r is not None:
+            self.residual = _plus(self.residual, r, x)
         self.absmax = torch.maximum(self.absmax, x.abs().amax(0))
         self.count += len(x)
 
     def moments(self, held: Moments | None) -> Moments:
         for top in range(0, len(self.xxt), TILE):  # what lies above the diagonal mirrors what lies below
             self.xxt[:top, top : top + TILE] = self.xxt[top : top + TILE, :top].T
-        return Moments(self.xxt, self.absmax, self.count, self.cross, held)
+        return Moments(self.xxt, self.absmax, self.count, self.cross, self.residual, held)
+
+
+def _plus(total: torch.Tensor | None, left: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The total with leftT @ x added, float32; a new one where there is none yet."""
+    left = left.reshape(-1, left.shape[-1]).float()
+    return left.T @ x if total is None else total.addmm_(left.T, x)

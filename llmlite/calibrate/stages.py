@@ -59,6 +59,19 @@ class StagedLayer:
         return taken
 
     @torch.no_grad()
+    def residual(self, stage: int, start: int, batch: int) -> torch.Tensor | None:
+        """What the residual stream holds where ``stage`` adds its output to it: [rows, length, width].
+
+        None for a stage that does not, and for layers that put a norm between the output and the stream.
+        """
+        if stage not in self._closing or "post_feedforward_layernorm" in self.stream.checkpoint.family.norms:
+            return None
+        stream = self.hidden.read(start, batch).to(self.stream.device, self.stream.dtype)
+        for earlier in (closing for closing in self._closing if closing < stage):
+            stream += self.linear(earlier)(self._kept_rows(earlier, start, batch))
+        return stream
+
+    @torch.no_grad()
     def outputs(self, start: int, batch: int) -> torch.Tensor:
         """What the layer gives for rows from ``start``, once all stages are done: [rows, length, width]."""
         if start == 0:
@@ -83,13 +96,16 @@ class StagedLayer:
                 module.forward = self._from_kept(closing, part)  # type: ignore[method-assign]
 
     def _from_kept(self, stage: int, part: str) -> Callable[..., Any]:
-        linear, kept, stream = self.linear(stage), self._kept[stage], self.stream
+        linear = self.linear(stage)
 
         def forward(*_args: Any, **_kwargs: Any) -> Any:
-            out = linear(kept.read(*self._now).to(stream.device, stream.dtype))
+            out = linear(self._kept_rows(stage, *self._now))
             return (out, None) if part == "self_attn" else out  # attention also returns its weights
 
         return forward
+
+    def _kept_rows(self, stage: int, start: int, batch: int) -> torch.Tensor:
+        return self._kept[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
 
 
 def _stop(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

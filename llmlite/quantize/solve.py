@@ -11,6 +11,7 @@ from llmlite.quantize.descent import descend
 from llmlite.quantize.feedback import feedback
 from llmlite.quantize.grid import fit
 from llmlite.quantize.rtn import choose_rows, nearest, relative_error, row_errors
+from llmlite.quantize.target import corrected
 from llmlite.quantize.types import Grid, Moments, Ranges, Rounded
 
 
@@ -18,14 +19,14 @@ from llmlite.quantize.types import Grid, Moments, Ranges, Rounded
 class SolverSettings:
     """How the solver goes about it.
 
-    ``damping``: what is added to the moments' diagonal, as a share of its mean. ``sweeps``: rounds of coordinate
-    descent. ``drift``: how much of the deviation of a layer's inputs from the unquantized network's is made good, from
-    0 to 1. ``desc_act``: groups are made of channels by falling second moment, which needs a group index in the file.
+    ``damping``: what is added to the moments' diagonal, as a share of its median. ``sweeps``: rounds of coordinate
+    descent. ``drift``: how much is applied of the correction for what earlier layers lost (see `corrected`), 0 to 1.
+    ``desc_act``: groups are made of channels by falling second moment, which needs a group index in the file.
     """
 
-    damping: float = 0.01
+    damping: float = 0.02
     sweeps: int = 4
-    drift: float = 0.3
+    drift: float = 1.0
     desc_act: bool = False
 
 
@@ -39,9 +40,9 @@ def solve(
     """The weight [out, in] on the grid, with the moments of the same [in] channels.
 
     Row by row the result is no worse on the held-out moments (the moments themselves where none were held out) than
-    weighted rounding to nearest is. ``snap`` turns the scales [out, groups] that fit best into the ones that the file can
-    hold, for a format that keeps those of a whole tensor together; they then stay. Raises ValueError if the moments are
-    not finite.
+    weighted rounding to nearest is. ``snap`` turns the scales [out, groups] that fit best into the ones that the file
+    can hold, for a format that keeps those of a whole tensor together; they then stay. Raises ValueError if the moments
+    are not finite, or not positive definite with the damping.
     """
     weight = weight.float()
     if not torch.isfinite(moments.xxt).all():
@@ -49,7 +50,9 @@ def solve(
     if settings.desc_act:
         return _by_activation_order(weight, moments, grid, settings)
     matrix = damped(moments.xxt, settings.damping)
-    target = aimed_at(weight, moments, matrix, settings) if moments.cross is not None else weight
+    target = weight
+    if moments.cross is not None and settings.drift > 0:
+        target = corrected(weight, moments, matrix, settings.drift)
     judge = moments.held or moments
     ranges = fit(target, grid, matrix.diagonal())
     if snap is not None:
@@ -64,27 +67,19 @@ def solve(
 
 
 def damped(xxt: torch.Tensor, damping: float) -> torch.Tensor:
-    """The second moments with ``damping`` times their mean diagonal added to it; the identity where all are zero."""
-    mean = xxt.diagonal().mean()
-    if mean == 0:  # no input at all: nothing to go by
+    """The second moments with ``damping`` times their median diagonal added to it; the identity where all are zero.
+
+    (GPTQ takes the mean. One massive activation can raise that a hundredfold, and drown all other channels.)
+    """
+    diagonal = xxt.diagonal()
+    usual = diagonal.median()
+    if usual == 0:
+        usual = diagonal.mean()
+    if usual == 0:  # no input at all: nothing to go by
         return torch.eye(len(xxt), dtype=xxt.dtype, device=xxt.device)
     matrix = xxt.clone()
-    matrix.diagonal().add_(damping * mean)
+    matrix.diagonal().add_(damping * usual)
     return matrix
-
-
-def aimed_at(weight: torch.Tensor, moments: Moments, matrix: torch.Tensor, settings: SolverSettings) -> torch.Tensor:
-    """(1 - a) W + a W C inv(M): the weight that, on the inputs as they are now, comes closest to what W gives on the
-    unquantized network's inputs, float32 [out, in]; a is ``settings.drift``.
-
-    C = sum of y xT + the damping, x the inputs now and y those of the unquantized network, M the damped sum of x xT.
-    Source: GPTAQ (arXiv:2504.02692) and Qronos (2505.11695).
-    """
-    assert moments.cross is not None
-    lower = torch.linalg.cholesky(matrix)
-    drift = moments.cross - moments.xxt  # C - M: the damping is in both
-    moved = torch.cholesky_solve((weight @ drift).T, lower).T
-    return weight + settings.drift * moved
 
 
 def _by_activation_order(weight: torch.Tensor, moments: Moments, grid: Grid, settings: SolverSettings) -> Rounded:
@@ -106,5 +101,6 @@ def in_order(moments: Moments, order: torch.Tensor) -> Moments:
         return matrix[order[:, None], order]
 
     cross = None if moments.cross is None else turn(moments.cross)
+    residual = None if moments.residual is None else moments.residual[:, order]
     held = None if moments.held is None else in_order(moments.held, order)
-    return Moments(turn(moments.xxt), moments.absmax[order], moments.count, cross, held)
+    return Moments(turn(moments.xxt), moments.absmax[order], moments.count, cross, residual, held)

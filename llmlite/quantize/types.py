@@ -88,6 +88,8 @@ class Moments:
     float32 [in]; ``count``: tokens summed.
     ``cross``: sum of y xT, float32 [in, in], where y is the input that the unquantized network has in x's place; None
     where the inputs are the unquantized network's own.
+    ``residual``: sum of r xT, float32 [out, in], where r is what the unquantized network's residual stream has more at
+    the place where the layer's output is added to it; None for a layer that does not write there.
     ``held``: moments of other tokens of the same inputs, which no solver fits to: what is kept is judged on them.
     """
 
@@ -95,6 +97,7 @@ class Moments:
     absmax: torch.Tensor
     count: int
     cross: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
     held: Moments | None = None
 
 
