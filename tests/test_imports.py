@@ -53,4 +53,6 @@ def test_solvers_are_pure():
     for room, path in modules():
         if room == "quantize":
             outside = [n for n in imports(path) if not n.startswith(("torch", "llmlite.quantize", "__future__"))]
-            assert all(n.startswith(("dataclasses", "typing")) for n in outside), f"{path.name} imports {outside}"
+            assert all(n.startswith(("collections.abc", "dataclasses", "typing")) for n in outside), (
+                f"{path.name} imports {outside}"
+            )

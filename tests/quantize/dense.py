@@ -128,12 +128,15 @@ def refit(weight: Dense, target: torch.Tensor, matrix: torch.Tensor) -> None:
                 assert offsets is not None
                 offsets[:, group] = (offsets[:, group].double() + go[1]).to(grid.scale_dtype)
         else:
-            assert d is not None and whole is not None
+            assert d is not None
+            assert whole is not None
             mine = d[:, group // block.groups].double()
             code = torch.where(mine == 0, mine, wanted / mine).round().clamp(*block.scale_range)
             whole[:, group], scales[:, group] = code, mine * code
             if offsets is not None:
-                assert dmin is not None and low is not None and block.offset_bits is not None
+                assert dmin is not None
+                assert low is not None
+                assert block.offset_bits is not None
                 mine = dmin[:, group // block.groups].double()
                 lowest = -(offsets[:, group].double() + go[1])
                 code = torch.where(mine == 0, mine, lowest / mine).round().clamp(0, 2**block.offset_bits - 1)
@@ -169,11 +172,14 @@ def _best(
 
 def _refit_super(weight: Dense, target: torch.Tensor, matrix: torch.Tensor, number: int) -> None:
     block, size = weight.grid.super_block, weight.grid.group
-    assert block is not None and size is not None
+    assert block is not None
+    assert size is not None
     scales, offsets, d, dmin, whole, low = (None if t is None else t.clone() for t in weight.ranges.tensors())
     groups = slice(number * block.groups, (number + 1) * block.groups)
     channels = torch.arange(groups.start * size, groups.stop * size)
-    assert scales is not None and d is not None and whole is not None
+    assert scales is not None
+    assert d is not None
+    assert whole is not None
     units = _units(weight, channels, 0)
     directions = [units * whole[:, groups].double().repeat_interleave(size, 1)]
     if low is not None:
@@ -181,7 +187,8 @@ def _refit_super(weight: Dense, target: torch.Tensor, matrix: torch.Tensor, numb
     go = _best(weight, target, matrix, channels, directions)
     new = _half(d[:, number].double() + go[0])
     if low is not None:
-        assert dmin is not None and offsets is not None
+        assert dmin is not None
+        assert offsets is not None
         new = new.clamp(min=0)
         dmin[:, number] = _half(dmin[:, number].double() + go[1]).clamp(min=0)
         offsets[:, groups] = -dmin[:, number : number + 1] * low[:, groups]

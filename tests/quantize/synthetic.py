@@ -8,7 +8,7 @@ from llmlite.formats.bitsandbytes import NF4
 from llmlite.formats.gguf.types import TYPES
 from llmlite.quantize.types import Grid, Moments, SuperBlock
 
-GGUF = {name: kind.grid for name, kind in TYPES.items() if kind.grid is not None}
+GGUF: dict[str, Grid] = {name: kind.grid for name, kind in TYPES.items() if kind.grid is not None}
 SUPERS = [name for name, grid in GGUF.items() if grid.super_block is not None]
 OTHER = {
     "gptq-4": Grid(4, 128),
@@ -53,7 +53,8 @@ def inputs(width: int, tokens: int, seed: int = 0) -> torch.Tensor:
 def moments_of(x: torch.Tensor, y: torch.Tensor | None = None, held: torch.Tensor | None = None) -> Moments:
     """The moments of inputs [tokens, width], of the unquantized network's ``y`` beside them, and of tokens held out."""
     cross = None if y is None else y.T @ x
-    return Moments(x.T @ x, x.abs().amax(0), len(x), cross, None if held is None else moments_of(held))
+    judge = None if held is None else moments_of(held)
+    return Moments(x.T @ x, x.abs().amax(0), len(x), cross, held=judge)
 
 
 def matrix_of(width: int, tokens: int, seed: int = 0) -> torch.Tensor:
