@@ -30,8 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}", 3)
-    except KeyboardInterrupt:
-        return _fail("interrupted; nothing was kept", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted; nothing was kept", INTERRUPTED)
 
 
 def _fail(sentence: str, status: int) -> int:

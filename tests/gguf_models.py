@@ -137,16 +137,18 @@ TOKENIZERS = {
 }
 
 
-def save_tiny(name: str, directory: Path, padding: int = 5) -> Path:
+def save_tiny(name: str, directory: Path, padding: int = 5, **size: int) -> Path:
     """A random model of `CONFIGS` with its tokenizer; ``padding`` rows of the embedding have no token.
 
-    Norms lie on multiples of 1/1024, so that Gemma's shift by 1 and back is exact.
+    ``size`` replaces values of `SIZE`. Norms lie on multiples of 1/1024, so that Gemma's shift by 1 and back is
+    exact.
     """
     torch.manual_seed(11)
     tokenizer = TOKENIZERS[name]()
     vocab = tokenizer.get_vocab_size() + padding
     ids = {"bos_token_id": tokenizer.token_to_id("<|im_start|>"), "eos_token_id": tokenizer.token_to_id("<|im_end|>")}
-    config = AutoConfig.for_model(**{**SIZE, **ids, "vocab_size": vocab, "pad_token_id": None, **CONFIGS[name]})
+    shape = {**SIZE, **size, "vocab_size": vocab}
+    config = AutoConfig.for_model(**{**shape, **ids, "pad_token_id": None, **CONFIGS[name]})
     model = AutoModelForCausalLM.from_config(config).eval()
     for key, parameter in model.named_parameters():
         if parameter.ndim == 1:

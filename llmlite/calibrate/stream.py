@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -13,15 +14,21 @@ import torch
 
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import EMBEDDING, LAYER
+from llmlite.errors import InputError
 
 
 class Activations:
-    """Hidden states on disk, float32 [rows, length, width], read and written a few rows at a time."""
+    """Hidden states on disk, float32 [rows, length, width], read and written a few rows at a time.
 
-    def __init__(self, file: Path, shape: tuple[int, int, int]):
+    ``reopen``: those that an earlier run has written; `InputError` if they are not there.
+    """
+
+    def __init__(self, file: Path, shape: tuple[int, int, int], *, reopen: bool = False):
         self.file, self.shape = file, shape
         self._row_bytes = shape[1] * shape[2] * 4
-        self._handle = open(file, "w+b", buffering=0)  # noqa: SIM115 - closed by remove()
+        if reopen and not (file.is_file() and file.stat().st_size == shape[0] * self._row_bytes):
+            raise InputError(f"{file}: does not hold the unfinished run's activations; begin again without --resume")
+        self._handle = open(file, "r+b" if reopen else "w+b", buffering=0)  # noqa: SIM115 - closed by remove()
 
     def write(self, start: int, rows: torch.Tensor) -> None:
         """Put rows [n, length, width] at ``start``."""
@@ -43,6 +50,10 @@ class Activations:
             assert got, f"{self.file} is shorter than the activations it should hold"
             done += got
         return torch.from_numpy(out)
+
+    def flush(self) -> None:
+        """What is written so far is on the disk when this returns."""
+        os.fsync(self._handle.fileno())
 
     def remove(self) -> None:
         """Close and delete the file."""

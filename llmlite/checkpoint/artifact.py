@@ -15,31 +15,39 @@ from pathlib import Path
 from llmlite.errors import InputError, OutsideError
 
 MANIFEST = "llmlite.json"
+JOURNAL = ".journal.json"  # in a partial directory that another run can go on with
 GGUF_FILE = "model.gguf"  # the weights of a GGUF artifact
 DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SPARE_BYTES = 16 * 2**20  # for configs, tokenizer and the file system's own needs
 
 
 @contextmanager
-def atomic_directory(out: Path) -> Iterator[Path]:
+def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
     """A hidden directory beside ``out`` that becomes ``out`` when the block ends well, and vanishes when it does not.
 
     Every file is flushed to the disk before the rename. What a killed run left behind is removed by the next
-    run with the same ``out``; a directory that a live process still holds is not. Raises `InputError` if ``out``
+    run with the same ``out``, or with ``resume`` handed to it as it is; a directory that a live process still holds is
+    neither. An interrupt leaves a directory with a journal (`JOURNAL`) where it is. Raises `InputError` if ``out``
     exists and is not an empty directory, or if another process is writing it.
     """
     refuse_existing(out)
     out = out.resolve()
-    with _hidden_directory(out, "partial") as partial:
+    with _hidden_directory(out, "partial", resume) as partial:
         try:
             yield partial
             _flush(partial)
+            (partial / JOURNAL).unlink(missing_ok=True)
             partial.rename(out)  # an empty directory in its place is replaced
             _flush_directory(out.parent)
         except OSError as error:
             if error.errno in DISK_FAILED:
                 raise OutsideError(f"{out}: can't be written ({error.strerror}); nothing of it was kept") from None
             raise
+
+
+def partial_of(out: Path) -> Path:
+    """Where `atomic_directory` keeps what is to become ``out``."""
+    return _hidden(out.resolve(), "partial")
 
 
 @contextmanager
@@ -49,21 +57,40 @@ def scratch_directory(out: Path) -> Iterator[Path]:
         yield scratch
 
 
+def _hidden(out: Path, ending: str) -> Path:
+    return out.parent / f".{out.name}.{ending}"
+
+
 @contextmanager
-def _hidden_directory(out: Path, ending: str) -> Iterator[Path]:
+def _hidden_directory(out: Path, ending: str, resume: bool = False) -> Iterator[Path]:
     """.NAME.ending beside ``out``, locked while the block runs and gone after it, unless the block moved it away."""
-    hidden = out.parent / f".{out.name}.{ending}"
+    hidden = _hidden(out, ending)
     hidden.parent.mkdir(parents=True, exist_ok=True)
-    if hidden.exists():
+    if hidden.exists() and not resume:
         _remove_stale(hidden, out)
-    hidden.mkdir()
+    hidden.mkdir(exist_ok=resume)
     lock = os.open(hidden, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield hidden
-    finally:
+        _lock(lock, out)
+        try:
+            yield hidden
+        except KeyboardInterrupt:
+            if not (hidden / JOURNAL).is_file():
+                shutil.rmtree(hidden, ignore_errors=True)
+            raise
+        except BaseException:
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
         shutil.rmtree(hidden, ignore_errors=True)
+    finally:
         os.close(lock)
+
+
+def _lock(handle: int, out: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out}: another process is writing it right now") from None
 
 
 def refuse_existing(out: Path) -> None:
@@ -77,9 +104,13 @@ def refuse_existing(out: Path) -> None:
 
 
 def refuse_full_disk(out: Path, needed: int, scratch: int = 0) -> None:
-    """`InputError` where the disk of ``out`` has less than ``needed`` + ``scratch`` bytes free."""
+    """`InputError` where the disk of ``out`` has less than ``needed`` + ``scratch`` bytes free.
+
+    What an unfinished run with the same ``out`` holds counts as free: it is removed, or gone on with.
+    """
     folder = next(parent for parent in out.absolute().parents if parent.exists())
-    free, total = shutil.disk_usage(folder).free, needed + scratch + SPARE_BYTES
+    left = sum(file.stat().st_blocks * 512 for file in partial_of(out).rglob("*") if file.is_file())
+    free, total = shutil.disk_usage(folder).free + left, needed + scratch + SPARE_BYTES
     if total > free:
         raise InputError(
             f"{out}: the disk has {free / 2**20:,.0f} MiB free and {total / 2**20:,.0f} MiB are needed "
@@ -90,10 +121,8 @@ def refuse_full_disk(out: Path, needed: int, scratch: int = 0) -> None:
 def _remove_stale(partial: Path, out: Path) -> None:
     lock = os.open(partial, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock, out)
         shutil.rmtree(partial)
-    except BlockingIOError:
-        raise InputError(f"{out}: another process is writing it right now") from None
     finally:
         os.close(lock)
 
@@ -116,14 +145,19 @@ def _flush_directory(directory: Path) -> None:
 
 def write_manifest(directory: Path, manifest: dict) -> None:
     """Put llmlite.json into a directory, replacing one that is there in a single step."""
-    temporary = directory / f".{MANIFEST}.new"
+    write_json(directory / MANIFEST, manifest)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, or replace it, in a single step that is on the disk when this returns."""
+    temporary = path.with_name(f".{path.name}.new")
     with open(temporary, "w") as file:
-        json.dump(manifest, file, indent=2)
+        json.dump(content, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    temporary.rename(directory / MANIFEST)
-    _flush_directory(directory)
+    temporary.rename(path)
+    _flush_directory(path.parent)
 
 
 def read_manifest(directory: Path) -> dict | None:

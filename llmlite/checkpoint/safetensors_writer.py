@@ -10,12 +10,14 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from llmlite.checkpoint.safetensors_index import NAMES
+from llmlite.errors import InputError
 
 
 class TensorSpec(NamedTuple):
@@ -33,10 +35,18 @@ class SafetensorsWriter:
     """Shards in ``directory`` for the tensors of ``layout``, in its order.
 
     One file is called model.safetensors; several get the usual numbers and an index file. ``close`` raises
-    ValueError if a declared tensor was never written.
+    ValueError if a declared tensor was never written. With ``reopen`` the shards are those that an earlier writer of
+    the same layout left, and `keep` names the tensors that it has written; `InputError` if they are not.
     """
 
-    def __init__(self, directory: Path, layout: Mapping[str, TensorSpec], max_shard_bytes: int = 5_000_000_000):
+    def __init__(
+        self,
+        directory: Path,
+        layout: Mapping[str, TensorSpec],
+        max_shard_bytes: int = 5_000_000_000,
+        *,
+        reopen: bool = False,
+    ):
         self.directory = directory
         self.layout = dict(layout)
         self._left = set(self.layout)
@@ -46,13 +56,16 @@ class SafetensorsWriter:
         names = _shard_names(len(shards))
         for number, (file_name, members) in enumerate(zip(names, shards, strict=True)):
             header, data_start = _header(members, self.layout)
-            file = open(directory / file_name, "wb", buffering=0)  # noqa: SIM115 - closed in close()
-            self._files.append(file)
-            file.write(header)
             position = data_start
             for name in members:
                 self._place[name] = (number, position)
                 position += self.layout[name].nbytes
+            if reopen:
+                self._files.append(reopened(directory / file_name, header, position))
+                continue
+            file = open(directory / file_name, "wb", buffering=0)  # noqa: SIM115 - closed in close()
+            self._files.append(file)
+            file.write(header)
             os.posix_fallocate(file.fileno(), 0, position)  # a disk that is too small says so now
         if len(shards) > 1:
             weight_map = {name: names[self._place[name][0]] for name in self.layout}
@@ -78,12 +91,20 @@ class SafetensorsWriter:
             done += file.write(data[done:])
         self._left.remove(name)
 
+    def keep(self, name: str) -> None:
+        """Leave a declared tensor as the earlier writer of the reopened file wrote it."""
+        self._left.remove(name)
+
+    def flush(self) -> None:
+        """What is written so far is on the disk when this returns."""
+        for file in self._files:
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         """Flush every shard to the disk."""
         if self._left:
             raise ValueError(f"never written: {', '.join(sorted(self._left)[:5])} ({len(self._left)} in all)")
-        for file in self._files:
-            os.fsync(file.fileno())
+        self.flush()
         self.abandon()
 
     def abandon(self) -> None:
@@ -99,6 +120,16 @@ class SafetensorsWriter:
             self.close()
         else:
             self.abandon()
+
+
+def reopened(path: Path, head: bytes, size: int) -> FileIO:
+    """A file that a writer laid out earlier, open for writing; `InputError` if it has another size or beginning."""
+    if path.is_file() and path.stat().st_size == size:
+        file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by the writer
+        if file.read(len(head)) == head:
+            return file
+        file.close()
+    raise InputError(f"{path}: is not what the unfinished run laid out; begin again without --resume")
 
 
 def _shards(layout: Mapping[str, TensorSpec], limit: int) -> list[list[str]]:

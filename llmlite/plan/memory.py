@@ -1,4 +1,4 @@
-"""How much memory a plan's work will need, told before it starts."""
+"""How much memory and scratch space a plan's work will need, told before it starts."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import math
 
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import EMBEDDING, LAYER
-from llmlite.plan.plan import Plan, PlanRow
+from llmlite.plan.plan import CALIBRATED, Plan, PlanRow
 
 FLOAT = 4
-# Copies of a weight alive at once while it is rounded: itself as read and in float32, its transpose, the candidate
-# grid's values and errors, codes, both candidates of a row and their differences. Counted, and held by a test.
+# Float32 copies of the weights of a stage alive at once while they are rounded: as read, side by side, the target, the
+# slopes, values and codes of the descent, what the file will hold, its errors. Counted, and held by a test.
 COPIES_ROUNDED = 8
-COPIES_NEAREST = 5  # the same without the transpose and the second candidate
+# Matrices [in, in] of the solver: the damped moments, and to factor them a copy, its root, the identity, the inverse.
+MATRICES = 5
+COPIES_NEAREST = 5  # of a piece that is rounded to nearest
 PIECE = 2**24  # weights that round-to-nearest takes at a time
 
 
-def working_memory(checkpoint: Checkpoint, plan: Plan, batch_tokens: int) -> int:
+def working_memory(checkpoint: Checkpoint, plan: Plan, batch_tokens: int, networks: int) -> int:
     """Bytes at the peak beside the program itself: the worst of the embedding, the head and any decoder layer.
 
-    ``batch_tokens``: tokens that run through a layer at once.
+    ``batch_tokens``: tokens that run through a layer at once; ``networks``: 2 where the unquantized one runs beside.
     """
     layers: dict[int, list[PlanRow]] = {}
     worst = 0
@@ -31,7 +33,7 @@ def working_memory(checkpoint: Checkpoint, plan: Plan, batch_tokens: int) -> int
     if plan.calibrated:  # the embedding as stored and in float32, to look the calibration tokens up
         embedding = checkpoint.tensors[EMBEDDING]
         worst = max(worst, embedding.nbytes + math.prod(embedding.shape) * FLOAT)
-    return max(worst, *(_layer(checkpoint, plan, rows, batch_tokens) for rows in layers.values()))
+    return max(worst, *(_layer(checkpoint, plan, rows, batch_tokens, networks) for rows in layers.values()))
 
 
 def _alone(checkpoint: Checkpoint, row: PlanRow) -> int:
@@ -41,15 +43,35 @@ def _alone(checkpoint: Checkpoint, row: PlanRow) -> int:
     return stored + row.bytes + rounded
 
 
-def _layer(checkpoint: Checkpoint, plan: Plan, rows: list[PlanRow], batch_tokens: int) -> int:
+def _layer(checkpoint: Checkpoint, plan: Plan, rows: list[PlanRow], batch_tokens: int, networks: int) -> int:
     if not plan.calibrated:
         return max(_alone(checkpoint, row) for row in rows)
-    linears = [row for row in rows if row.solver != "cast"]
-    weights = sum(row.parameters for row in rows) * FLOAT
-    family = checkpoint.family
-    inputs = {row.module.split(".", 3)[3]: row.shape[1] for row in linears}
-    moments = sum(inputs[stage[0]] ** 2 for stage in family.stages) * FLOAT
-    solving = max(3 * row.shape[1] ** 2 * FLOAT + math.prod(row.shape) * FLOAT * COPIES_ROUNDED for row in linears)
-    widest = max(max(row.shape) for row in linears)
+    shapes = {row.module.split(".", 3)[3]: row.shape for row in rows if row.solver in CALIBRATED}
+    weights = sum(row.parameters for row in rows) * FLOAT * networks
+    widest = max(max(row.shape) for row in rows)
     running = batch_tokens * (widest * 3 + checkpoint.config["hidden_size"] * 6) * FLOAT
-    return weights + moments + max(solving, running)
+    return weights + max(
+        _stage([shapes[name] for name in names if name in shapes], running, networks)
+        for names in checkpoint.family.stages
+    )
+
+
+def _stage(shapes: list[tuple[int, ...]], running: int, networks: int) -> int:
+    """The moments of one stage's inputs (those held out, and the cross moments too), and what fills or uses them."""
+    if not shapes:
+        return running
+    width = shapes[0][1]
+    solving = MATRICES * width**2 + sum(math.prod(shape) for shape in shapes) * COPIES_ROUNDED
+    return (1 + networks) * width**2 * FLOAT + max(solving * FLOAT, running)
+
+
+def scratch_space(checkpoint: Checkpoint, plan: Plan, tokens: int, networks: int) -> int:
+    """Bytes of activations on the disk at the peak, for ``tokens`` of calibration text.
+
+    Each network has the inputs and the outputs of a decoder layer, and what the linear layers take in that close the
+    layer's parts (the output projection of the attention, the down projection).
+    """
+    shapes = {row.module.split(".", 3)[3]: row.shape for row in plan.rows if row.name.startswith(f"{LAYER}0.")}
+    stages = checkpoint.family.stages
+    closing = {stage[0].rpartition(".")[0]: shapes[stage[0]][1] for stage in stages}  # the last of each part stays
+    return networks * tokens * (2 * checkpoint.config["hidden_size"] + sum(closing.values())) * FLOAT

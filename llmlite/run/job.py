@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -13,27 +15,34 @@ from llmlite.calibrate.moments import MomentSums
 from llmlite.calibrate.rows import Rows
 from llmlite.calibrate.stages import StagedLayer
 from llmlite.calibrate.stream import Activations, LayerStream
+from llmlite.checkpoint.artifact import JOURNAL
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import LAYER
-from llmlite.errors import InputError
+from llmlite.errors import InputError, first_line
 from llmlite.memory import give_freed_memory_back
 from llmlite.plan.plan import CALIBRATED, Plan, PlanRow
 from llmlite.progress import track
 from llmlite.quantize.rtn import round_to_nearest
 from llmlite.quantize.solve import SolverSettings, solve
 from llmlite.quantize.types import Grid, Moments, Rounded
+from llmlite.run.journal import Journal
 from llmlite.run.sinks import Sink
 
 BATCH_TOKENS = 2048
+PHASES = ("capture", "moments", "solving", "writing")  # what `Job.seconds` tells apart
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job is told beside the plan: how to solve, where to compute, where to keep activations."""
+    """What a job is told beside the plan: how to solve, where to compute, where to keep activations and journal.
+
+    ``drift``: the unquantized network runs beside the one that is being rounded.
+    """
 
     solver: SolverSettings
     device: str
     scratch: Path
+    drift: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -41,23 +50,34 @@ class Work:
 
 
 class Job:
-    """Rounds and writes every row of a plan; `errors` has each rounded tensor's relative weighted error."""
+    """Rounds and writes every row of a plan; `errors` has each rounded tensor's relative weighted error.
 
-    def __init__(self, checkpoint: Checkpoint, plan: Plan, sink: Sink, work: Work):
-        self.checkpoint, self.plan, self.sink, self.work = checkpoint, plan, sink, work
-        self.errors: dict[str, float] = {}
+    ``journal``: how far an earlier run of the same job has come; it is kept up to date after each decoder layer.
+    `seconds`: where the time of this run went.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, sink: Sink, work: Work, journal: Journal):
+        self.checkpoint, self.plan, self.sink, self.work, self.journal = checkpoint, plan, sink, work, journal
+        self.errors = dict(journal.errors)
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def run(self, rows: Rows | None) -> dict[str, float]:
         """Write every row; ``rows`` are the calibration tokens where the plan asks for them."""
         before, layers, after = self._parts()
-        for row in before:
-            self._whole(row)
-        if rows is None:
-            for layer in track(layers, "layers"):
-                for row in layer:
-                    self._whole(row)
-                give_freed_memory_back()
+        done = self.journal.layers
+        if done:
+            for row in chain(before, *layers[:done]):
+                self.sink.keep(row)
         else:
+            for row in before:
+                self._whole(row)
+        if rows is None:
+            for number in track(range(done, len(layers)), "layers"):
+                for row in layers[number]:
+                    self._whole(row)
+                self._write_journal(number + 1)
+                give_freed_memory_back()
+        elif done < len(layers):
             self._calibrated(layers, rows)
         for row in after:
             self._whole(row)
@@ -74,6 +94,21 @@ class Job:
                 (after if layers[0] else before).append(row)
         return before, layers, after
 
+    def _write_journal(self, layers: int) -> None:
+        """So many layers are done, and what they wrote is on the disk: a killed run goes on after them."""
+        with self._timed("writing"):
+            self.sink.flush()
+            self.journal.layers, self.journal.errors = layers, dict(self.errors)
+            self.journal.write(self.work.scratch)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - started
+
     def _read(self, row: PlanRow) -> torch.Tensor:
         tensor = self.checkpoint.read(row.name)
         if not torch.isfinite(tensor).all():
@@ -85,40 +120,67 @@ class Job:
         tensor = self._read(row)
         grid = self.sink.grid(row)
         if row.solver == "cast":
-            self.sink.cast(row, tensor)
+            with self._timed("writing"):
+                self.sink.cast(row, tensor)
         elif grid is None:
-            self.sink.encode(row, tensor.to(self.work.device))
+            with self._timed("solving"):
+                self.sink.encode(row, tensor.to(self.work.device))
         else:
-            self._put(row, round_to_nearest(tensor.to(self.work.device), None, grid))
+            with self._timed("solving"):
+                rounded = round_to_nearest(tensor.to(self.work.device), None, grid)
+            self._put(row, rounded)
 
     def _put(self, row: PlanRow, rounded: Rounded) -> None:
         self.errors[row.name] = rounded.error
-        self.sink.rounded(row, rounded.cpu())
+        with self._timed("writing"):
+            self.sink.rounded(row, rounded.cpu())
 
     def _calibrated(self, layers: list[list[PlanRow]], rows: Rows) -> None:
         """Layer by layer, stage by stage, with what the layers rounded so far give."""
         stream = LayerStream(self.checkpoint, self.work.device, self.work.dtype)
         batch = max(BATCH_TOKENS // rows.ids.shape[1], 1)
-        networks = ["rounded"] if self.work.solver.drift == 0 else ["rounded", "original"]
-        hidden = {name: stream.embed(rows.ids, self._file(name, 0), batch) for name in networks}
-        for number, layer in enumerate(track(layers, "layers")):
+        hidden = self._first_inputs(stream, rows, batch)
+        for number in track(range(self.journal.layers, len(layers)), "layers"):
             with ExitStack() as stack:
                 staged = {}
-                for name in networks:
-                    module = stack.enter_context(stream.layer(number, copy=name == "original"))
-                    scratch = self._file(name, number)
-                    staged[name] = StagedLayer(stream, number, module, hidden[name], scratch)
-                    stack.callback(staged[name].close)
-                self._layer(number, layer, staged, batch)
-                for name in networks:
-                    outputs = Activations(self._file(name, number + 1), hidden[name].shape)
-                    for start in range(0, len(rows.ids), batch):
-                        outputs.write(start, staged[name].outputs(start, batch))
-                    hidden[name].remove()
-                    hidden[name] = outputs
+                with self._timed("capture"):
+                    for name in hidden:
+                        module = stack.enter_context(stream.layer(number, copy=name == "original"))
+                        scratch = self._file(name, number)
+                        staged[name] = StagedLayer(stream, number, module, hidden[name], scratch)
+                        stack.callback(staged[name].close)
+                self._layer(number, layers[number], staged, batch)
+                last = number + 1 == len(layers)
+                outputs = {} if last else {name: self._outputs(name, layer, batch) for name, layer in staged.items()}
+            self._write_journal(number + 1)
+            for activations in hidden.values():
+                activations.remove()
+            hidden = outputs
             give_freed_memory_back()
-        for activations in hidden.values():
-            activations.remove()
+
+    def _first_inputs(self, stream: LayerStream, rows: Rows, batch: int) -> dict[str, Activations]:
+        """What the first layer to do takes in, in the rounded network and, to see the drift, in the original one."""
+        networks = ["rounded", "original"] if self.work.drift else ["rounded"]
+        done = self.journal.layers
+        with self._timed("capture"):
+            if done == 0:
+                return {name: stream.embed(rows.ids, self._file(name, 0), batch) for name in networks}
+            files = {name: self._file(name, done) for name in networks}
+            for file in self.work.scratch.glob(".*"):  # of the layer that was cut off
+                if file.name != JOURNAL and file not in files.values():
+                    file.unlink()
+            stream.embed(rows.ids[:batch], self._file("rounded", 0), batch).remove()  # for the layers' other arguments
+            shape = (*rows.ids.shape, self.checkpoint.config["hidden_size"])
+            return {name: Activations(file, shape, reopen=True) for name, file in files.items()}
+
+    def _outputs(self, name: str, layer: StagedLayer, batch: int) -> Activations:
+        """The inputs of the next layer, on the disk for good."""
+        with self._timed("capture"):
+            outputs = Activations(self._file(name, layer.number + 1), layer.hidden.shape)
+            for start in range(0, layer.hidden.shape[0], batch):
+                outputs.write(start, layer.outputs(start, batch))
+            outputs.flush()
+        return outputs
 
     def _file(self, name: str, number: int) -> Path:
         return self.work.scratch / f".{name}-{number}"
@@ -133,20 +195,34 @@ class Job:
                 linears[name] = row
             else:
                 self._whole(row)
-        now, ideal = staged["rounded"], staged.get("original")
         for stage, names in enumerate(family.stages):
-            sums = MomentSums(
-                now.linear(stage).in_features, now.hidden.shape[0], self.work.device, drift=len(staged) > 1
-            )
-            for start in range(0, now.hidden.shape[0], batch):
-                x = now.inputs(stage, start, batch)
-                sums.add(start, x, None if ideal is None else ideal.inputs(stage, start, batch))
-            moments = sums.moments()
+            moments = self._moments(stage, staged, batch)
             for rows in self._alike([linears[name] for name in names if name in linears]):
-                self._round(rows, moments, [now.module.get_submodule(self._short(row, number)) for row in rows])
+                self._round(rows, moments, staged["rounded"].module)
+            del moments  # before the next stage's are laid out
 
-    def _short(self, row: PlanRow, number: int) -> str:
-        return row.module.removeprefix(f"{LAYER}{number}.")
+    def _moments(self, stage: int, staged: dict[str, StagedLayer], batch: int) -> Moments:
+        """The moments of a stage's inputs; every stage is run, since the layer's outputs need what it keeps."""
+        now, ideal = staged["rounded"], staged.get("original")
+        rows = now.hidden.shape[0]
+        sums = MomentSums(now.linear(stage).in_features, rows, self.work.device)
+        for start in range(0, rows, batch):
+            with self._timed("capture"):
+                x = now.inputs(stage, start, batch)
+                y, r = None, None
+                if ideal is not None:
+                    y = ideal.inputs(stage, start, batch)
+                    r = _lost(ideal.residual(stage, start, batch), now.residual(stage, start, batch))
+            if not torch.isfinite(x).all():
+                name = self.checkpoint.family.stages[stage][0]
+                raise InputError(
+                    f"{self.checkpoint.source}: the inputs of {LAYER}{now.number}.{name} are not all finite on the "
+                    "calibration text; weights with which the model computes in float32 are right"
+                )
+            with self._timed("moments"):
+                sums.add(start, x, y, r)
+        with self._timed("moments"):
+            return sums.moments()
 
     def _alike(self, rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
         """Rows of one stage that can be solved as one weight: the same grid, and no scales that span a tensor."""
@@ -159,18 +235,20 @@ class Job:
             yield same
             left = [row for row in left if row not in same]
 
-    def _round(self, rows: list[PlanRow], moments: Moments, modules: list[torch.nn.Module]) -> None:
-        """Round the weights of one stage that share a grid, write them, and put them into their modules."""
-        weight = torch.cat([self._read(row).to(self.work.device).float() for row in rows])
+    def _round(self, rows: list[PlanRow], moments: Moments, layer: torch.nn.Module) -> None:
+        """Round the weights of one stage that share a grid, write them, and put them into their layer."""
         grid = self.sink.grid(rows[0])
         assert grid is not None
-        solved = self._solve(rows[0], weight, moments, grid)
+        with self._timed("solving"):
+            weight = torch.cat([self._read(row).to(self.work.device).float() for row in rows])
+            solved = self._solve(rows[0], weight, moments, grid)
         done = 0
-        for row, module in zip(rows, modules, strict=True):
+        for row in rows:
             part = solved.map(lambda t, a=done, b=done + row.shape[0]: t[a:b])  # type: ignore[misc]
             done += row.shape[0]
             self._put(row, part)
-            module.weight.data.copy_(part.dequantize())  # type: ignore[union-attr,operator]
+            linear = layer.get_submodule(row.module.removeprefix(LAYER).partition(".")[2])
+            linear.weight.data.copy_(part.dequantize())  # type: ignore[union-attr,operator]
 
     def _solve(self, row: PlanRow, weight: torch.Tensor, moments: Moments, grid: Grid) -> Rounded:
         if row.solver == "imatrix":
@@ -178,5 +256,9 @@ class Job:
             return round_to_nearest(weight, moments.held or moments, grid, importance)
         try:
             return solve(weight, moments, grid, self.work.solver, self.sink.snap(row))
-        except ValueError as error:
-            raise InputError(f"{self.checkpoint.source}: {row.name} can't be rounded: {error}") from None
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise InputError(f"{self.checkpoint.source}: {row.name} can't be rounded: {first_line(error)}") from None
+
+
+def _lost(whole: torch.Tensor | None, now: torch.Tensor | None) -> torch.Tensor | None:
+    return None if whole is None or now is None else whole - now

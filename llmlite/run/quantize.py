@@ -28,7 +28,7 @@ from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.gguf_import import import_gguf
 from llmlite.errors import InputError, first_line
 from llmlite.memory import keep_heap_small
-from llmlite.plan.memory import working_memory
+from llmlite.plan.memory import scratch_space, working_memory
 from llmlite.plan.plan import Plan, SolverName, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
@@ -36,6 +36,7 @@ from llmlite.progress import console
 from llmlite.quantize.lattice import share_on_low_bit_grid
 from llmlite.quantize.solve import SolverSettings
 from llmlite.run.job import BATCH_TOKENS, Job, Work
+from llmlite.run.journal import Journal, begin, describe_run, read_journal
 from llmlite.run.sinks import open_sink
 
 
@@ -64,10 +65,10 @@ class QuantizeSettings:
     )
     sweeps: int = field(default=4, metadata={"help": "feedback: rounds of coordinate descent over all codes"})
     drift: float = field(
-        default=0.3,
-        metadata={"help": "feedback: how much of the drift of a layer's inputs is made good by its weights, 0 to 1"},
+        default=1.0,
+        metadata={"help": "feedback: how much is applied of the correction for what earlier layers lost, 0 to 1"},
     )
-    damping: float = field(default=0.01, metadata={"help": "added to the moments' diagonal, as a share of its mean"})
+    damping: float = field(default=0.02, metadata={"help": "added to the moments' diagonal, as a share of its median"})
     types: tuple[str, ...] = field(
         default=(),
         metadata={"help": "gguf: PATTERN=TYPE over the type that TO gives, last match wins, as in down_proj=q6_k"},
@@ -76,6 +77,7 @@ class QuantizeSettings:
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
+    resume: bool = field(default=False, metadata={"help": "go on with the unfinished run that has the same -o"})
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Quantized:
     """What was written: the artifact's directory, its plan, and each rounded tensor's relative weighted error.
 
     ``on_low_bit_grid``: the share of sampled weights that lay on a grid of 4 bits or fewer before; ``notes``: known
-    differences of the artifact from its base.
+    differences of the artifact from its base; ``seconds``: where the time of this run went.
     """
 
     directory: Path
@@ -91,13 +93,16 @@ class Quantized:
     errors: dict[str, float]
     on_low_bit_grid: float
     notes: tuple[str, ...]
+    seconds: dict[str, float]
 
 
 def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> Quantized:
     """Compress ``model`` (directory, GGUF file or hub id) into the new directory ``out``.
 
     Everything is checked, and the plan complete, before the first byte is written; ``out`` appears when all is
-    done. Raises `InputError` for input that can't be compressed as asked, `OutsideError` and OSError for the rest.
+    done. A run that is killed or interrupted after a decoder layer is gone on with under ``settings.resume``, to the
+    same bytes. Raises `InputError` for input that can't be compressed as asked, `OutsideError` and OSError for the
+    rest.
     """
     _check(settings)
     keep_heap_small()
@@ -120,18 +125,22 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
                 style="yellow",
             )
         rows = _calibration_rows(checkpoint, settings) if plan.calibrated else None
-        _check_disk(out, checkpoint, plan, rows)
-        _tell_memory(checkpoint, plan)
-        with atomic_directory(out) as directory:
-            sink = open_sink(directory, checkpoint, plan, types, rows)
-            for note in (*plan.notes, *sink.notes):
+        networks = _networks(settings, plan)
+        _check_disk(out, checkpoint, plan, rows, networks)
+        _tell_memory(checkpoint, plan, networks)
+        journal = _journal(out, checkpoint, plan, rows, settings)
+        with _kept_when_interrupted(journal), atomic_directory(out, resume=journal.layers > 0) as directory:
+            sink = open_sink(directory, checkpoint, plan, types, rows, reopen=journal.layers > 0)
+            notes = (*plan.notes, *sink.notes)
+            for note in notes:
                 console.print(f"note: {note}", style="yellow", markup=False)
+            job = Job(checkpoint, plan, sink, _work(settings, directory, networks > 1), journal)
             try:
-                errors = Job(checkpoint, plan, sink, _work(settings, directory)).run(rows)
+                errors = job.run(rows)
                 sink.close()
             finally:
                 sink.abandon()
-            done = Quantized(out, plan, errors, flattered, (*plan.notes, *sink.notes))
+            done = Quantized(out, plan, errors, flattered, notes, job.seconds)
             write_manifest(directory, _manifest(checkpoint, done, rows, settings))
     return done
 
@@ -168,10 +177,47 @@ def _check_solver_options(settings: QuantizeSettings, plan: Plan) -> None:
             )
 
 
-def _work(settings: QuantizeSettings, scratch: Path) -> Work:
-    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+def _work(settings: QuantizeSettings, scratch: Path, drift: bool) -> Work:
     solver = SolverSettings(settings.damping, settings.sweeps, settings.drift, settings.desc_act)
-    return Work(solver, "cuda" if cuda else "cpu", scratch)
+    return Work(solver, _device(settings), scratch, drift)
+
+
+def _device(settings: QuantizeSettings) -> str:
+    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
+    return "cuda" if cuda else "cpu"
+
+
+def _lasting(settings: QuantizeSettings) -> dict:
+    """The settings that bear on the result."""
+    return {name: value for name, value in asdict(settings).items() if name != "resume"}
+
+
+def _journal(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, settings: QuantizeSettings) -> Journal:
+    """The unfinished run's journal, or an empty one; says which."""
+    run = describe_run(checkpoint, plan, rows, _lasting(settings), _device(settings))
+    journal = begin(out, run, settings.resume)
+    if journal.layers:
+        said = f"resumed: goes on at layer {journal.layers} of {checkpoint.num_layers}"
+    elif settings.resume:
+        said = f"note: there is no unfinished run of {out} to resume; this one begins at the beginning"
+    else:
+        left = read_journal(out)
+        if left is None or left.differences(journal):
+            return journal
+        said = f"note: an unfinished run of {out} is removed; --resume would have gone on at layer {left.layers}"
+    console.print(said, style="yellow", markup=False, soft_wrap=True)
+    return journal
+
+
+@contextmanager
+def _kept_when_interrupted(journal: Journal) -> Iterator[None]:
+    """An interrupt that leaves something to go on with says so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if journal.layers:
+            raise KeyboardInterrupt(f"interrupted; --resume goes on at layer {journal.layers}") from None
+        raise
 
 
 @contextmanager
@@ -228,14 +274,20 @@ def _text_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Rows:
     return rows
 
 
-def _check_disk(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None) -> None:
-    scratch = 0 if rows is None else 2 * rows.ids.size * checkpoint.config["hidden_size"] * 4
+def _networks(settings: QuantizeSettings, plan: Plan) -> int:
+    """How many run side by side: the one being rounded, and the unquantized one where its inputs are aimed at."""
+    aimed = settings.drift > 0 and any(row.solver == "feedback" for row in plan.rows)
+    return 2 if aimed else 1
+
+
+def _check_disk(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, networks: int) -> None:
+    scratch = 0 if rows is None else scratch_space(checkpoint, plan, rows.ids.size, networks)
     refuse_full_disk(out, plan.bytes, scratch)
 
 
-def _tell_memory(checkpoint: Checkpoint, plan: Plan) -> None:
+def _tell_memory(checkpoint: Checkpoint, plan: Plan, networks: int) -> None:
     """Say what the work needs, and warn where the machine does not have it."""
-    needed = working_memory(checkpoint, plan, BATCH_TOKENS)
+    needed = working_memory(checkpoint, plan, BATCH_TOKENS, networks)
     console.print(f"memory: about {needed / 2**20:,.0f} MiB at the peak, beside the program itself", style="dim")
     free = psutil.virtual_memory().available
     if needed > free:
@@ -253,7 +305,7 @@ def _manifest(checkpoint: Checkpoint, done: Quantized, rows: Rows | None, settin
             "on_low_bit_grid": round(done.on_low_bit_grid, 4),
         },
         "format": str(done.plan.target),
-        "settings": asdict(settings),
+        "settings": _lasting(settings),
         "calibration": None if rows is None else {"sources": list(rows.sources), "row_length": rows.ids.shape[1]},
         "parameters": done.plan.parameters,
         "plan_sha256": done.plan.sha256,

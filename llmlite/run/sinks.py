@@ -12,7 +12,7 @@ import torch
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import GGUF_FILE
 from llmlite.checkpoint.checkpoint import Checkpoint
-from llmlite.checkpoint.safetensors_writer import SafetensorsWriter
+from llmlite.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import BitsAndBytes, StoredScales
 from llmlite.formats.gguf import types as gguf
@@ -27,6 +27,7 @@ from llmlite.quantize.types import Grid, Ranges, Rounded
 class Sink(Protocol):
     """Takes each row of the plan once, in the plan's order, and writes it through to the disk.
 
+    `keep` takes a row that the unfinished run has written; after `flush` what was taken is on the disk for good.
     ``notes``: one sentence for each known difference of what will be written from the checkpoint.
     """
 
@@ -37,6 +38,8 @@ class Sink(Protocol):
     def cast(self, row: PlanRow, tensor: torch.Tensor) -> None: ...
     def rounded(self, row: PlanRow, rounded: Rounded) -> None: ...
     def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor: ...
+    def keep(self, row: PlanRow) -> None: ...
+    def flush(self) -> None: ...
     def close(self) -> None: ...
     def abandon(self) -> None: ...
 
@@ -44,19 +47,21 @@ class Sink(Protocol):
 class SafetensorsSink:
     """A directory that transformers loads: shards, config with its quantization_config, tokenizer files."""
 
-    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: SafetensorsTypes):
+    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: SafetensorsTypes, reopen: bool):
         kept = str(types.dtype).removeprefix("torch.")
         same = checkpoint.dtype == types.dtype
         self.notes: tuple[str, ...] = () if same else (f"tensors that are not rounded are kept in {kept}",)
         self.types, self._directory, self._checkpoint, self._plan = types, directory, checkpoint, plan
-        layout = {}
-        for row in plan.rows:
-            if row.type == types.linear:
-                layout.update(types.layout(row.module, row.type, row.shape))
-            else:  # a bias has no module of its own
-                layout[row.name] = types.layout(row.module, row.type, row.shape)[f"{row.module}.weight"]
-        self._writer = SafetensorsWriter(directory, layout)
+        layout = {name: spec for row in plan.rows for name, spec in self._tensors(row).items()}
+        self._writer = SafetensorsWriter(directory, layout, reopen=reopen)
         self._stored: StoredScales | None = None  # of the nf4 weight that is being rounded
+
+    def _tensors(self, row: PlanRow) -> dict[str, TensorSpec]:
+        """What a row becomes in the file."""
+        layout = self.types.layout(row.module, row.type, row.shape)
+        if row.type == self.types.linear:
+            return layout
+        return {row.name: layout[f"{row.module}.weight"]}  # a bias has no module of its own
 
     def grid(self, row: PlanRow) -> Grid | None:
         if row.type != self.types.linear:
@@ -101,6 +106,13 @@ class SafetensorsSink:
         for name, tensor in tensors.items():
             self._writer.write(name, tensor)
 
+    def keep(self, row: PlanRow) -> None:
+        for name in self._tensors(row):
+            self._writer.keep(name)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
         for file in self._checkpoint.side_files():
@@ -125,7 +137,9 @@ class SafetensorsSink:
 class GgufSink:
     """One GGUF file with everything llama.cpp needs."""
 
-    def __init__(self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes, rows: Rows | None):
+    def __init__(
+        self, directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes, rows: Rows | None, reopen: bool
+    ):
         self._model = describe(checkpoint)
         self.notes = self._model.notes
         extra = self._model.extra()
@@ -136,7 +150,7 @@ class GgufSink:
             dataset = ", ".join(source["source"] for source in rows.sources)
             solved = sum(row.solver in CALIBRATED for row in plan.rows)
             metadata |= imatrix_metadata("measured while rounding", dataset, solved, len(rows.ids))
-        self._writer = GgufWriter(directory / GGUF_FILE, metadata, layout)
+        self._writer = GgufWriter(directory / GGUF_FILE, metadata, layout, reopen=reopen)
         self._extra = extra
 
     def grid(self, row: PlanRow) -> Grid | None:
@@ -158,6 +172,12 @@ class GgufSink:
     def encode(self, row: PlanRow, weight: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError("GGUF types are integer grids")
 
+    def keep(self, row: PlanRow) -> None:
+        self._writer.keep(self._model.gguf_name(row.name))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
     def close(self) -> None:
         for name, tensor in self._extra.items():
             self._writer.write(name, gguf.encode(tensor, "f32"))
@@ -168,9 +188,18 @@ class GgufSink:
 
 
 def open_sink(
-    directory: Path, checkpoint: Checkpoint, plan: Plan, types: GgufTypes | SafetensorsTypes, rows: Rows | None
+    directory: Path,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    types: GgufTypes | SafetensorsTypes,
+    rows: Rows | None,
+    *,
+    reopen: bool = False,
 ) -> Sink:
-    """The sink for the plan's target; ``rows``: the calibration tokens, which a GGUF file tells of."""
+    """The sink for the plan's target; ``rows``: the calibration tokens, which a GGUF file tells of.
+
+    ``reopen``: the directory is an unfinished run's, and its files are gone on with.
+    """
     if isinstance(types, GgufTypes):
-        return GgufSink(directory, checkpoint, plan, types, rows)
-    return SafetensorsSink(directory, checkpoint, plan, types)
+        return GgufSink(directory, checkpoint, plan, types, rows, reopen)
+    return SafetensorsSink(directory, checkpoint, plan, types, reopen)

@@ -13,7 +13,7 @@ from llmlite.errors import InputError
 from llmlite.formats.gguf.export import describe
 from llmlite.formats.gguf.types import TYPES, encode, grid_of, pack, unpack
 from llmlite.formats.gguf.writer import GgufWriter
-from llmlite.quantize.types import Ranges, Rounded
+from llmlite.quantize.rtn import round_to_nearest
 from tests.gguf_models import (
     CHATS,
     CONFIGS,
@@ -30,19 +30,22 @@ pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
 SLIDING = ["sliding_attention"] * 3
+WIDE = 256  # a super-block
 PROMPT = [1, 200, 37, 300, 301, 77, 78, 250, 9, 12, 280, 5, 60, 199, 31, 330]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Tiny checkpoints and their f32 GGUF files, made once."""
+    """Tiny checkpoints and their f32 GGUF files, made once; ``width``: their input channels, the configs' or all."""
     made = {}
 
-    def get(name):
-        if name not in made:
-            directory = save_tiny(name, tmp_path_factory.mktemp(name))
-            made[name] = directory, gguf_of(directory)
-        return made[name]
+    def get(name, width=None):
+        if (name, width) not in made:
+            wide = {"hidden_size": width, "intermediate_size": width, "num_attention_heads": 8}
+            size = {} if width is None else wide
+            directory = save_tiny(name, tmp_path_factory.mktemp(name), **size)
+            made[name, width] = directory, gguf_of(directory)
+        return made[name, width]
 
     return get
 
@@ -69,26 +72,11 @@ def test_token_ids_equal_those_of_transformers(name, tiny):
     reader.close()
 
 
-def nearest(weight: torch.Tensor, kind: str) -> Rounded:
-    """Round to nearest on a type's grid, as plainly as can be."""
-    grid = grid_of(kind)
-    groups = weight.reshape(weight.shape[0], -1, 32)
-    low, high = groups.amin(-1), groups.amax(-1)
-    if grid.zero == "minimum":
-        scales, offsets = ((high - low) / (grid.levels - 1)).half().float(), low.half().float()
-        codes = (groups - offsets[..., None]) / scales[..., None]
-    else:
-        scales, offsets = (groups.abs().amax(-1) / (grid.levels // 2 - 1)).half().float(), None
-        codes = groups / scales[..., None] + grid.levels // 2
-    codes = codes.round().clamp(0, grid.levels - 1).to(torch.uint8).reshape(weight.shape)
-    return Rounded(grid, codes, Ranges(scales, offsets))
-
-
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_every_type_loads_and_computes_with_the_rounded_weights(kind, name, tiny, tmp_path):
     """Against transformers on the dequantized weights; llama.cpp rounds activations to 8 bits beside grids."""
-    directory, _ = tiny(name)
+    directory, _ = tiny(name, WIDE if TYPES[kind].block > 32 else None)
     checkpoint = open_checkpoint(directory)
     described = describe(checkpoint)
     layout = {
@@ -104,7 +92,7 @@ def test_every_type_loads_and_computes_with_the_rounded_weights(kind, name, tiny
                 data = encode(described.to_gguf(n, tensor), layout[target][0])
                 state[n] = unpack(data, layout[target][0], tensor.shape)
             else:
-                rounded = nearest(described.to_gguf(n, tensor), kind)
+                rounded = round_to_nearest(described.to_gguf(n, tensor), None, grid_of(kind))
                 data = pack(rounded, kind)
                 state[n] = rounded.dequantize()
             rows = described.rows(n)
@@ -128,7 +116,8 @@ def test_rows_may_be_ordered_before_or_after_rounding(tiny):
     weight, rows = checkpoint.read(name), described.rows(name)
     assert torch.equal(described.to_gguf(name, weight), weight[rows])
     assert not torch.equal(rows, torch.arange(len(rows)))
-    assert torch.equal(nearest(weight[rows], "q4_1").codes, nearest(weight, "q4_1").codes[rows])
+    whole = round_to_nearest(weight, None, grid_of("q4_1"))
+    assert torch.equal(round_to_nearest(weight[rows], None, grid_of("q4_1")).codes, whole.codes[rows])
     assert described.rows("model.layers.1.self_attn.v_proj.weight") is None
 
 

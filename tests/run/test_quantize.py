@@ -60,7 +60,7 @@ def test_feedback_beats_rounding_to_nearest_on_text_that_it_was_not_calibrated_o
     with torch.no_grad():
         want = tiny_model()(held_out).logits.log_softmax(-1)
     divergence = {}
-    for solver in ("rtn", "gptq"):
+    for solver in ("rtn", "feedback"):
         settings = QuantizeSettings(
             "compressed-tensors:w4a16g32", solver=solver, calibration_tokens=8192, row_length=64
         )
@@ -70,9 +70,9 @@ def test_feedback_beats_rounding_to_nearest_on_text_that_it_was_not_calibrated_o
             got = model(held_out).logits.log_softmax(-1)
         divergence[solver] = torch.nn.functional.kl_div(got, want, log_target=True, reduction="batchmean")
         assert all(0 < error < 0.1 for error in done.errors.values())
-    sizes = [(tmp_path / s / "model.safetensors").stat().st_size for s in ("rtn", "gptq")]
+    sizes = [(tmp_path / s / "model.safetensors").stat().st_size for s in ("rtn", "feedback")]
     assert sizes[0] == sizes[1]
-    assert divergence["gptq"] < 0.9 * divergence["rtn"]
+    assert divergence["feedback"] < 0.9 * divergence["rtn"]
 
 
 def test_the_same_words_give_the_same_bytes(tmp_path):
@@ -86,12 +86,12 @@ def test_the_same_words_give_the_same_bytes(tmp_path):
 
 def test_the_manifest_says_what_was_done(tmp_path):
     base = save_tiny(tmp_path / "base")
-    done = quantize(base, tmp_path / "out", QuantizeSettings("gptq:w4g32-asym", act_order="group", **SMALL))
+    done = quantize(base, tmp_path / "out", QuantizeSettings("gptq:w4g32-asym", desc_act=True, **SMALL))
     manifest = json.loads((tmp_path / "out" / "llmlite.json").read_text())
     assert manifest["format"] == "gptq:w4g32-asym"
     assert manifest["base"]["source"] == str(base)
     assert {row["name"] for row in manifest["plan"]} == open_checkpoint(base).tensors.keys()
-    assert manifest["calibration"]["sources"][0]["source"] == "default:web.jsonl"
+    assert manifest["calibration"]["sources"][0]["source"] == "default:prose.jsonl"
     payload = sum(row["bytes"] for row in manifest["plan"])
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert payload < size < payload + 20_000
@@ -133,11 +133,11 @@ def spoil_nan(directory: Path) -> None:
         (lambda d: (d / "chat_template.jinja").unlink(), {"calibration": "chat"}, "no chat template"),
         (lambda d: (d / "tokenizer.json").write_text("{"), {}, "tokenizer can't be loaded"),
         (lambda d: edit_config(d, vocab_size=300), {}, "vocab|shape"),
-        (lambda d: None, {"act_order": "group"}, "only gptq"),
+        (lambda d: None, {"desc_act": True}, "only gptq"),
         (lambda d: None, {"calibration_tokens": 3}, "at least one"),
         (lambda d: None, {"damping": 0.0}, "--damping"),
-        (lambda d: None, {"to": "compressed-tensors:w8a16", "calibration": ("x.txt",)}, "only --solver gptq uses it"),
-        (lambda d: None, {"to": "gptq:w8", "act_order": "group"}, "only --solver gptq uses it"),
+        (lambda d: None, {"to": "compressed-tensors:w8a16", "calibration": ("x.txt",)}, "only --solver feedback uses it"),
+        (lambda d: None, {"to": "gptq:w8", "desc_act": True}, "only --solver feedback uses it"),
         (lambda d: None, {"device": "tpu"}, "--device"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llmlite.checkpoint.safetensors_writer import reopened
 from llmlite.extras import need
 from llmlite.formats.gguf.types import TYPES, nbytes, refusal
 
@@ -26,22 +27,41 @@ class GgufWriter:
 
     Shapes are in torch's order (out, in). Whole numbers in the metadata are stored as uint32, real ones as
     float32. ``close`` raises ValueError if a declared tensor was never written. The file begins with its magic bytes
-    from ``close`` on only, so that what a killed run leaves behind opens nowhere.
+    from ``close`` on only, so that what a killed run leaves behind opens nowhere. With ``reopen`` the file is the one
+    that an earlier writer of the same metadata and layout left, and `keep` names the tensors that it has written;
+    `InputError` if it is not.
     """
 
-    def __init__(self, path: Path, metadata: Mapping[str, Value], layout: Mapping[str, tuple[str, tuple[int, ...]]]):
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, Value],
+        layout: Mapping[str, tuple[str, tuple[int, ...]]],
+        *,
+        reopen: bool = False,
+    ):
         for name, (kind, shape) in layout.items():
             reason = refusal(kind, shape)
             if reason is not None:
                 raise ValueError(f"tensor {name!r}: {reason}")
         self.layout = dict(layout)
         self._left = set(self.layout)
-        data_start = _write_head(path, {**_file_type(layout), **metadata}, self.layout)
+        declared = {**_file_type(layout), **metadata}
+        if reopen:
+            head = path.with_name(f".{path.name}.head")
+            position = _write_head(head, declared, self.layout)
+            raw = bytes(len(MAGIC)) + head.read_bytes()[len(MAGIC) :]
+            head.unlink()
+        else:
+            position = _write_head(path, declared, self.layout)
         self._place: dict[str, int] = {}
-        position = data_start
         for name, (kind, shape) in self.layout.items():
             self._place[name] = position
             position += _padded(nbytes(kind, shape))
+        if reopen:
+            _unname(path)
+            self._file = reopened(path, raw, position)
+            return
         self._file = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed in close()
         try:
             self._put(0, bytes(len(MAGIC)))
@@ -69,13 +89,21 @@ class GgufWriter:
         while done < len(raw):
             done += self._file.write(raw[done:])
 
+    def keep(self, name: str) -> None:
+        """Leave a declared tensor as the earlier writer of the reopened file wrote it."""
+        self._left.remove(name)
+
+    def flush(self) -> None:
+        """What is written so far is on the disk when this returns."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush the data to the disk, and then make it a GGUF file."""
         if self._left:
             raise ValueError(f"never written: {', '.join(sorted(self._left)[:5])} ({len(self._left)} in all)")
-        os.fsync(self._file.fileno())
+        self.flush()
         self._put(0, MAGIC)
-        os.fsync(self._file.fileno())
+        self.flush()
         self.abandon()
 
     def abandon(self) -> None:
@@ -90,6 +118,15 @@ class GgufWriter:
             self.close()
         else:
             self.abandon()
+
+
+def _unname(path: Path) -> None:
+    """Take the magic bytes of a file that was closed: it is being written again."""
+    if path.is_file():
+        with open(path, "r+b", buffering=0) as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                file.seek(0)
+                file.write(bytes(len(MAGIC)))
 
 
 def _padded(size: int) -> int:
