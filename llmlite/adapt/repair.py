@@ -92,7 +92,8 @@ def memory_needed(checkpoint: Checkpoint, length: int) -> int:
     wide = sum(checkpoint.tensors[name].shape[0] for name in linears if name.startswith(f"{LAYER}0."))
     hidden, vocabulary = checkpoint.config["hidden_size"], checkpoint.config["vocab_size"]
     activations = 4 * length * (hidden * (checkpoint.num_layers + 16) + 4 * wide)
-    return weights + activations + 4 * 6 * LOGIT_ROWS * vocabulary + 4 * 4 * max(linears.values())
+    logits = 4 * 10 * LOGIT_ROWS * vocabulary
+    return (weights + activations + logits + 4 * 4 * max(linears.values())) * 3 // 2  # the heap holds some back
 
 
 def repair(checkpoint: Checkpoint, gguf_file: Path, rows: Rows, settings: RepairSettings, scratch: Path) -> Repaired:

@@ -8,6 +8,7 @@ among themselves are unchanged.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,7 +72,8 @@ def teach(checkpoint: Checkpoint, ids: np.ndarray, folder: Path, top: int, devic
             for start in range(0, rows, batch):
                 hidden.write(start, stream.forward(number, module, hidden.read(start, batch)))
         give_freed_memory_back()
-    norm = meta_model(checkpoint.config, checkpoint.source).model.norm  # type: ignore[union-attr]
+    decoder: Any = meta_model(checkpoint.config, checkpoint.source).model
+    norm = decoder.norm
     norm.load_state_dict({"weight": checkpoint.read(FINAL_NORM).to(device, torch.float32)}, assign=True)
     head = checkpoint.read(EMBEDDING if checkpoint.tied else HEAD).to(device, torch.float32)
     teacher = Teacher(folder, rows, length, min(top, len(head) - 1))
