@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -83,7 +85,7 @@ def run(tmp_path, family: str, ids: np.ndarray, change: bool) -> None:
                     close(x, want[f"{where}.{name}"])
                     close(y, ideal[f"{where}.{name}"])
                 for name in names if change else ():
-                    weight = module.get_submodule(name).weight
+                    weight: Any = module.get_submodule(name).weight
                     weight.data.copy_(changed(weight.data))
                     theirs = model.model.layers[number].get_submodule(name).weight
                     theirs.data.copy_(changed(theirs.data))
@@ -121,6 +123,7 @@ def test_a_closed_part_runs_no_more(tmp_path, ids: np.ndarray):
     stream = LayerStream(checkpoint)
     hidden = stream.embed(ids, tmp_path / "hidden", BATCH)
     calls: list[int] = []
+    module: Any
     with stream.layer(0) as module:
         staged = StagedLayer(stream, 0, module, hidden, tmp_path / "a")
         module.self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
@@ -133,3 +136,27 @@ def test_a_closed_part_runs_no_more(tmp_path, ids: np.ndarray):
         assert "forward" not in module.self_attn.__dict__
         stream.forward(0, module, hidden.read(0, BATCH))
         assert len(calls) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_residual_stream_is_the_whole_models_where_a_stage_adds_to_it(tmp_path, family: str, ids: np.ndarray):
+    """Before the attention's output it is what entered the layer, before the feed-forward's what its norm takes in."""
+    checkpoint = open_checkpoint(save_tiny(tmp_path / "model", family))
+    model, stream = tiny_model(family), LayerStream(checkpoint)
+    want: dict[int, torch.Tensor] = {}
+    layer: Any = model.model.layers[0]
+    layer.input_layernorm.register_forward_pre_hook(lambda _, args: want.update({1: args[0].clone()}))
+    layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: want.update({3: args[0].clone()}))
+    hidden = stream.embed(ids, tmp_path / "hidden", BATCH)
+    with stream.layer(0) as module:
+        staged = StagedLayer(stream, 0, module, hidden, tmp_path / "a")
+        model(torch.from_numpy(ids))
+        for stage in range(4):
+            all_inputs(staged, stage)
+            if family == "gemma3_text" or stage in (0, 2):
+                assert staged.residual(stage, 0, BATCH) is None
+            else:
+                parts: list[Any] = [staged.residual(stage, start, BATCH) for start in range(0, ROWS, BATCH)]
+                close(torch.cat(parts), want[stage].detach())
+        staged.close()
+    assert torch.equal(hidden.read(0, ROWS), stream.embed(ids, tmp_path / "again", BATCH).read(0, ROWS))

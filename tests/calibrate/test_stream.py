@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,9 @@ def test_layer_by_layer_gives_the_models_own_hidden_states(tmp_path, family):
 
 def test_a_copy_of_a_layer_has_weights_of_its_own(tmp_path):
     stream = LayerStream(open_checkpoint(save_tiny(tmp_path / "model")))
+    module: Any
+    copy: Any
+    again: Any
     with stream.layer(1) as module, stream.layer(1, copy=True) as copy:
         had = copy.mlp.up_proj.weight.clone()
         assert torch.equal(module.mlp.up_proj.weight, had)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -57,6 +59,8 @@ def test_no_choice_of_a_scale_raises_the_loss_of_any_row(name: str):
 def test_after_many_sweeps_no_other_code_lowers_the_loss(name: str):
     target, matrix, start = problem(name)
     solved = descend(target, start, matrix, 60, refit=False)
+    mine: Any
+    given: Any
     for mine, given in zip(solved.ranges.tensors(), start.ranges.tensors(), strict=True):
         assert mine is given is None or torch.equal(mine, given)
     values, m = solved.dequantize().double(), matrix.double()

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -35,6 +37,8 @@ def test_feedback_is_optimal_brain_quantization_in_a_fixed_order(name: str, fixe
     ranges = fit(target, grid, matrix.diagonal()) if fixed else None
     want = optimal_brain(target, matrix, grid, ranges)
     got = feedback(target, matrix, grid, ranges)
+    mine: Any
+    theirs: Any
     for mine, theirs in zip(got.ranges.tensors(), want.ranges.tensors(), strict=True):
         assert mine is theirs is None or torch.equal(mine, theirs)
     low = 1 if grid.scale_rule == "narrow" else 0
@@ -76,6 +80,8 @@ def test_ranges_that_are_given_are_kept():
     target = weights("normal", 4, 512)
     ranges = fit(2 * target, grid)
     solved = feedback(target, matrix, grid, ranges)
+    mine: Any
+    given: Any
     for mine, given in zip(solved.ranges.tensors(), ranges.tensors(), strict=True):
         assert torch.equal(mine, given)
 

@@ -128,7 +128,7 @@ def test_desc_act_makes_groups_of_channels_by_falling_second_moment(name: str):
     settings = SolverSettings(desc_act=True)
     solved = solve(weight, moments, grid, settings)
     index, diagonal = solved.group_index, moments.xxt.diagonal()
-    assert index is not None and grid.group is not None  # noqa: PT018
+    assert index is not None and grid.group is not None
     assert index.dtype == torch.int64
     assert index.bincount().tolist() == [grid.group] * (WIDTH // grid.group)
     for group in range(len(index.bincount()) - 1):
