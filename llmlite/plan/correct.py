@@ -56,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Corrected:
-    """The best measured choice within the budget; ``factors`` by role; ``runs`` in order; ``bound`` of its solution.
+    """The best measured choice within the budget; ``factors`` by role; ``runs`` in order.
 
     ``runs`` that measured one role at its best types are larger than the budget.
     """
