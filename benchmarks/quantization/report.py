@@ -1,0 +1,136 @@
+"""results.json, report.md and the picture, from whatever has been made and scored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.quantization.artifacts import LLMLITE, PEERS
+from benchmarks.quantization.prepare import Setup
+from benchmarks.quantization.score import known
+from benchmarks.quantization.texts import TEXTS
+from llmlite.evals.locate import find
+from llmlite.evals.size import measure_size
+
+SAMPLES = 10_000
+HEAD = ("text", "artifact", "MB", "bits", "mean KL", "median KL", "p99.9 KL", "same top", "perplexity")
+PAIR_HEAD = ("text", "llmlite", "peer", "bytes, llmlite / peer", "mean KL, llmlite / peer", "95% interval")
+
+
+def report(setup: Setup) -> None:
+    """Write the three files into the work folder, and print where they are."""
+    results = gather(setup)
+    if not results["artifacts"]:
+        raise SystemExit(f"{setup.work}: nothing has been scored there yet")
+    (setup.work / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (setup.work / "report.md").write_text(markdown(results))
+    picture(results, setup.work / "report.png")
+    for name in ("results.json", "report.md", "report.png"):
+        print(setup.work / name)
+
+
+def gather(setup: Setup) -> dict:
+    """``artifacts``: size and figures by name and text; ``pairs``: llmlite against each peer, text by text."""
+    artifacts = {}
+    for artifact in (*PEERS, *LLMLITE):
+        path = artifact.path(setup)
+        if not path.exists():
+            continue
+        texts = {text: figures for text in TEXTS if (figures := known(setup, path, text)) is not None}
+        if texts:
+            size = measure_size(find(path))
+            facts = {"bytes": size.bytes, "bits_per_weight": size.bits_per_weight, "texts": texts}
+            artifacts[artifact.name] = {"tool": artifact.tool, "type": artifact.type, **facts}
+    settings = {"windows": setup.rows, "window": setup.length, "calibration_tokens": setup.tokens, **setup.origin}
+    return {"settings": settings, "artifacts": artifacts, "pairs": list(_pairs(artifacts))}
+
+
+def _pairs(artifacts: dict) -> Iterator[dict]:
+    ours = {artifact.target: artifact.name for artifact in LLMLITE}
+    for peer in PEERS:
+        mine, theirs = artifacts.get(ours[peer.target]), artifacts.get(peer.name)
+        if mine is None or theirs is None:
+            continue
+        for text in TEXTS:
+            if text in mine["texts"] and text in theirs["texts"]:
+                rows = [side["texts"][text]["rows_kl"] for side in (mine, theirs)]
+                ratio, low, high = ratio_of_means(np.array(rows[0]), np.array(rows[1]))
+                yield {
+                    "text": text, "llmlite": ours[peer.target], "peer": peer.name,
+                    "bytes": mine["bytes"] / theirs["bytes"], "mean_kl": ratio, "low": low, "high": high,
+                }  # fmt: skip
+
+
+def ratio_of_means(mine: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
+    """mean(mine) / mean(theirs) of paired rows [n], and its 95% percentile bootstrap interval over rows."""
+    chosen = np.random.default_rng(0).integers(len(mine), size=(SAMPLES, len(mine)))
+    ratios = mine[chosen].mean(axis=1) / theirs[chosen].mean(axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(mine.mean() / theirs.mean()), float(low), float(high)
+
+
+def markdown(results: dict) -> str:
+    settings = results["settings"]
+    figures = [
+        (
+            text, name, f"{facts['bytes'] / 1e6:.1f}", f"{facts['bits_per_weight']:.2f}", f"{scored['mean_kl']:.5f}",
+            f"{scored['median_kl']:.5f}", f"{scored['p999_kl']:.3f}", f"{scored['same_top']:.2%}",
+            f"{scored['perplexity']:.3f}",
+        )
+        for text in TEXTS
+        for name, facts in sorted(results["artifacts"].items(), key=lambda item: item[1]["bytes"])
+        if (scored := facts["texts"].get(text)) is not None
+    ]  # fmt: skip
+    pairs = [
+        (
+            pair["text"], pair["llmlite"], pair["peer"], f"{pair['bytes']:.3f}", f"{pair['mean_kl']:.3f}",
+            f"{pair['low']:.3f} to {pair['high']:.3f}",
+        )
+        for pair in sorted(results["pairs"], key=lambda pair: TEXTS.index(pair["text"]))
+    ]  # fmt: skip
+    return (
+        "# Quantization: llmlite beside its peers\n\n"
+        f"{settings['windows']} windows of {settings['window']} tokens from each text, the second half of each scored; "
+        f"{settings['calibration_tokens']:,} calibration tokens, the same for every tool. KL in nats from the base in "
+        "float32. GGUF files are judged by llama-perplexity, the others in transformers, weights multiplied out to "
+        "float32.\n\n![mean KL against bytes](report.png)\n\n## llmlite against each peer\n\n"
+        "Below 1 is better for llmlite. The interval is a paired bootstrap over windows.\n\n"
+        f"{_table(PAIR_HEAD, pairs)}\n## All figures\n\n{_table(HEAD, figures)}"
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def picture(results: dict, path: Path) -> None:
+    """Mean KL against bytes, a panel for each text, a colour for each tool."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 10), layout="constrained")
+    tools = list(dict.fromkeys(facts["tool"] for facts in results["artifacts"].values()))
+    for text, axes in zip(TEXTS, figure.subplots(2, 2).flat, strict=True):
+        for number, tool in enumerate(tools):
+            points = [
+                (facts["bytes"] / 1e6, facts["texts"][text]["mean_kl"], facts["type"])
+                for facts in results["artifacts"].values()
+                if facts["tool"] == tool and text in facts["texts"]
+            ]
+            if not points:
+                continue
+            style = {"marker": "os^vD"[number % 5], "color": f"C{number}", "label": tool}
+            axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], **style)
+            at = {"textcoords": "offset points", "xytext": (5, 4 if tool == "llmlite" else -9)}
+            for x, y, kind in points:
+                axes.annotate(kind, (x, y), fontsize=7, color=f"C{number}", **at)
+        axes.set_yscale("log")
+        axes.set_title(text)
+        axes.set_xlabel("bytes on disk (MB)")
+        axes.set_ylabel("mean KL from the base (nats)")
+        axes.grid(alpha=0.3, which="both")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=120)
