@@ -50,19 +50,22 @@ def _layer(checkpoint: Checkpoint, plan: Plan, rows: list[PlanRow], batch_tokens
     weights = sum(row.parameters for row in rows) * FLOAT * networks
     widest = max(max(row.shape) for row in rows)
     running = batch_tokens * (widest * 3 + checkpoint.config["hidden_size"] * 6) * FLOAT
-    return weights + max(
-        _stage([shapes[name] for name in names if name in shapes], running, networks)
-        for names in checkpoint.family.stages
-    )
+    stages = [[shapes[name] for name in names if name in shapes] for names in checkpoint.family.stages]
+    return weights + max(_stage(stage, running, networks) for stage in stages)
 
 
 def _stage(shapes: list[tuple[int, ...]], running: int, networks: int) -> int:
-    """The moments of one stage's inputs (those held out, and the cross moments too), and what fills or uses them."""
+    """The moments of one stage's inputs, as many held out, and what fills or uses them.
+
+    With a second network there are cross moments too, and of a layer that writes to the residual stream, which stands
+    alone in its stage, what that stream has lost.
+    """
     if not shapes:
         return running
-    width = shapes[0][1]
-    solving = MATRICES * width**2 + sum(math.prod(shape) for shape in shapes) * COPIES_ROUNDED
-    return (1 + networks) * width**2 * FLOAT + max(solving * FLOAT, running)
+    width, weights = shapes[0][1], sum(math.prod(shape) for shape in shapes)
+    lost = weights if networks > 1 and len(shapes) == 1 else 0
+    moments = 2 * (networks * width**2 + lost)
+    return (moments + max(MATRICES * width**2 + weights * COPIES_ROUNDED, running // FLOAT)) * FLOAT
 
 
 def scratch_space(checkpoint: Checkpoint, plan: Plan, tokens: int, networks: int) -> int:

@@ -18,6 +18,7 @@ def summary(done: Quantized) -> dict:
         "bytes": done.plan.bytes,
         "parameters": done.plan.parameters,
         "bits_per_weight": done.plan.bits_per_weight,
+        "seconds": {phase: round(spent, 1) for phase, spent in done.seconds.items()},
         "types": [
             {"type": kind, "solver": solver, "tensors": len(rows), "parameters": sum(r.parameters for r in rows),
              "bytes": sum(r.bytes for r in rows), "mean_error": _mean_error(done, rows)}
@@ -31,7 +32,8 @@ def summary_table(done: Quantized) -> Table:
     facts = summary(done)
     table = Table(
         title=f"{facts['artifact']}: {facts['format']}, {facts['bytes'] / 1e6:,.1f} MB of tensors, "
-        f"{facts['bits_per_weight']:.2f} bits per weight"
+        f"{facts['bits_per_weight']:.2f} bits per weight",
+        caption="seconds: " + ", ".join(f"{phase} {spent:,.0f}" for phase, spent in facts["seconds"].items()),
     )
     for heading in ("type", "solver", "tensors", "parameters", "MB", "mean relative error"):
         table.add_column(heading, justify="left" if heading in ("type", "solver") else "right")
