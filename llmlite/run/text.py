@@ -1,0 +1,67 @@
+"""What a measuring verb begins with: the checkpoint, opened, and its calibration text as rows of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from llmlite.calibrate.corpus import default_corpora, read_corpus
+from llmlite.calibrate.ids import read_ids
+from llmlite.calibrate.rows import Rows, token_rows
+from llmlite.checkpoint.artifact import scratch_directory
+from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from llmlite.checkpoint.gguf_import import import_gguf
+from llmlite.errors import InputError, first_line
+from llmlite.progress import console
+
+
+@contextmanager
+def opened(model: str, revision: str | None, out: Path) -> Iterator[Checkpoint]:
+    """The checkpoint of a directory or hub id; a GGUF file is imported beside ``out`` first, and that is gone after."""
+    if not model.endswith(".gguf"):
+        yield open_checkpoint(model, revision)
+        return
+    with scratch_directory(out) as folder:
+        import_gguf(Path(model), folder / "base")
+        yield replace(open_checkpoint(folder / "base"), source=model)
+
+
+def calibration_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: int, row_length: int, seed: int) -> Rows:
+    """Token rows int64 [rows, row_length] of text files and datasets, or a .npy file's own [rows, length] as it is.
+
+    Without ``sources`` the packaged mix. Says it when the text has fewer than ``tokens`` tokens. `InputError` for a
+    source that can't be read, for a .npy file beside others, and for token ids that the model does not have.
+    """
+    given = [source for source in sources if source.endswith(".npy")]
+    if given and len(sources) > 1:
+        raise InputError(f"--calibration {given[0]}: token ids stand alone; give that file and no other")
+    rows = read_ids(given[0]) if given else _text_rows(checkpoint, sources, tokens, row_length, seed)
+    vocabulary = checkpoint.config["vocab_size"]
+    if rows.ids.max() >= vocabulary:
+        raise InputError(
+            f"{checkpoint.source}: the calibration text has token id {rows.ids.max()}, the model {vocabulary} tokens"
+        )
+    return rows
+
+
+def _text_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: int, row_length: int, seed: int) -> Rows:
+    from transformers import AutoTokenizer
+
+    corpora = [read_corpus(source) for source in sources]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{checkpoint.source}: its tokenizer can't be loaded, and calibration needs it ({first_line(error)})"
+        ) from None
+    if not corpora:
+        corpora = default_corpora(chat=tokenizer.chat_template is not None)
+    rows = token_rows(corpora, tokenizer, tokens, row_length, seed)
+    if rows.ids.size < tokens - row_length:
+        console.print(
+            f"note: the calibration text has {rows.ids.size:,} tokens in whole rows, {tokens:,} were asked for",
+            style="yellow",
+        )
+    return rows
