@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -17,9 +18,11 @@ def read_ids(file: str) -> Rows:
         ids = np.load(file, allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, IsADirectoryError, BadZipFile) as error:
         raise InputError(f"{file}: is not a .npy array of numbers ({error})") from None
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size or ids.min() < 0:
+    if not isinstance(ids, np.ndarray) or ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer) or not ids.size:
+        raise InputError(f"{file}: token ids in rows, integers [rows, length], are right")
+    if ids.min() < 0 or ids.max() > np.iinfo(np.int32).max:
         raise InputError(f"{file}: token ids in rows, integers [rows, length] of at least 0, are right")
     digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     source = {"source": file, "sha256": digest, "rows": len(ids), "tokens": ids.size}

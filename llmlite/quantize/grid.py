@@ -6,7 +6,23 @@ import torch
 
 from llmlite.quantize.types import Grid, Ranges, values_of
 
-SHRINK = (1.1, 1.05, 1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.63, 0.58, 0.52)  # shares of the full range
+SHRINK = (
+    1.0,
+    1.1,
+    1.05,
+    0.96,
+    0.92,
+    0.88,
+    0.84,
+    0.8,
+    0.76,
+    0.72,
+    0.68,
+    0.63,
+    0.58,
+    0.52,
+)  # shares of the full range, of 16 levels
+ANCHORS = (0.5, 0.0, 1.0)  # where a range with a minimum stays as it shrinks: its middle, its low end, its high end
 REFINEMENTS = 2  # rounds in which a super-block's whole-number scales and its own scales are chosen again
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # scales and offsets
@@ -27,7 +43,7 @@ def fit(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None
         return Ranges(*_from_range(low, high, 1.0, grid))
     if importance is None:
         importance = weight.new_ones(width)
-    share = importance.reshape(groups.shape[1], -1)
+    share = (importance / importance.mean().clamp(min=1e-30)).reshape(groups.shape[1], -1)
     scales, offsets = _search(groups, share, grid)
     if grid.super_block is None:
         return Ranges(scales, offsets)
@@ -37,29 +53,30 @@ def fit(weight: torch.Tensor, grid: Grid, importance: torch.Tensor | None = None
 def _search(groups: torch.Tensor, share: torch.Tensor, grid: Grid) -> Pair:
     """The best scale and offset of each group [out, groups]; not rounded to whole numbers where super-blocks will."""
     low, high = groups.amin(-1), groups.amax(-1)
-    best, kept = None, _from_range(low, high, 1.0, grid)
-    for shrink in SHRINK:
-        start = _from_range(low, high, shrink, grid)
-        codes = codes_of(groups, start[0][..., None], _column(start[1]), grid)
-        scale, offset = least_squares(groups, codes, share, start, grid)
-        scale, offset = stored(scale, grid), _stored_offset(offset, grid)
-        error = _weighted_error(groups, codes, scale, offset, share, grid)
-        if best is None:
-            best, kept = error, (scale, offset)
-            continue
-        better = error < best
-        best = torch.where(better, error, best)
-        kept = _choose(better, (scale, offset), kept)
+    kept = _from_range(low, high, 1.0, grid)
+    best = _weighted_error(groups, codes_of(groups, kept[0][..., None], _column(kept[1]), grid), *kept, share, grid)
+    for anchor in ANCHORS if grid.zero == "minimum" else ANCHORS[:1]:
+        for share_of_16 in SHRINK if anchor == ANCHORS[0] else SHRINK[3::2]:
+            shrink = 1 - (1 - share_of_16) * min(1, 16 / grid.levels)  # a few steps, however fine they are
+            start = _from_range(low, high, shrink, grid, anchor)
+            codes = codes_of(groups, start[0][..., None], _column(start[1]), grid)
+            scale, offset = least_squares(groups, codes, share, start, grid)
+            scale, offset = stored(scale, grid), _stored_offset(offset, grid)
+            error = _weighted_error(groups, codes, scale, offset, share, grid)
+            better = error < best
+            best = torch.where(better, error, best)
+            kept = _choose(better, (scale, offset), kept)
     return kept
 
 
-def _from_range(low: torch.Tensor, high: torch.Tensor, shrink: float, grid: Grid) -> Pair:
+def _from_range(low: torch.Tensor, high: torch.Tensor, shrink: float, grid: Grid, anchor: float = 0.5) -> Pair:
+    """Scale and offset for ``shrink`` times the range, which keeps the place ``anchor`` of it (0 its low end)."""
     steps = grid.levels - 1
     if grid.zero == "minimum":
         if grid.super_block is not None:  # minimums there are not above zero
             low = low.clamp(max=0)
-        middle, half = (high + low) / 2, (high - low) / 2 * shrink
-        return stored(2 * half / steps, grid), _stored_offset(middle - half, grid)
+        width = high - low
+        return stored(width * shrink / steps, grid), _stored_offset(low + width * (1 - shrink) * anchor, grid)
     if grid.zero == "integer":  # the range must hold zero, so that a zero weight stays zero
         low, high = low.clamp(max=0) * shrink, high.clamp(min=0) * shrink
         scale = stored((high - low) / steps, grid)
@@ -263,7 +280,7 @@ def codes_of(weight: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | N
     if grid.codebook is not None:
         table = torch.tensor(grid.codebook, device=weight.device)
         middles = (table[1:] + table[:-1]) / 2
-        return torch.bucketize(weight * inverse(scale), middles).float()
+        return torch.bucketize((weight * inverse(scale)).contiguous(), middles).float()
     if grid.zero == "minimum":
         assert offset is not None
         codes = (weight - offset) * inverse(scale)

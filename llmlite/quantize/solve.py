@@ -45,8 +45,7 @@ def solve(
     are not finite, or not positive definite with the damping.
     """
     weight = weight.float()
-    if not torch.isfinite(moments.xxt).all():
-        raise ValueError("the second moments of its inputs are not finite")
+    _check_finite(moments)
     if settings.desc_act:
         return _by_activation_order(weight, moments, grid, settings)
     matrix = damped(moments.xxt, settings.damping)
@@ -58,12 +57,21 @@ def solve(
     if snap is not None:
         ranges = snap(ranges.scales)
     plain = nearest(target, ranges, grid)
+    matrix /= matrix.diagonal().mean()  # its size matters to nothing but the range of the numbers to come
     solved = feedback(target, matrix, grid, None if snap is None else ranges)
     solved = descend(target, solved, matrix, settings.sweeps, refit=snap is None)
     better = row_errors(target, solved.dequantize(), judge) <= row_errors(target, plain.dequantize(), judge)
     if not better.all():
         solved = choose_rows(better, solved, plain)
     return replace(solved, error=relative_error(target, solved.dequantize(), judge))
+
+
+def _check_finite(moments: Moments) -> None:
+    for part in (moments.xxt, moments.cross, moments.residual):
+        if part is not None and not torch.isfinite(part).all():
+            raise ValueError("the second moments of its inputs are not finite")
+    if moments.held is not None:
+        _check_finite(moments.held)
 
 
 def damped(xxt: torch.Tensor, damping: float) -> torch.Tensor:

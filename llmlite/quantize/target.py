@@ -47,7 +47,10 @@ def _with_ridge(matrix: torch.Tensor, moments: Moments, ridge: float) -> torch.T
 
 
 def _ways(pulls: list[torch.Tensor], matrix: torch.Tensor) -> list[torch.Tensor]:
-    lower = torch.linalg.cholesky(matrix)
+    try:
+        lower = torch.linalg.cholesky(matrix)
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(f"the second moments are not positive definite: {error}") from None
     return [torch.cholesky_solve(pull.T, lower).T for pull in pulls]
 
 

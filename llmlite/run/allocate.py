@@ -20,13 +20,17 @@ from llmlite.plan.correct import Corrected, CorrectionSettings, Item, Run, corre
 from llmlite.progress import console, track
 
 FLOAT = 4
-Rounder = Callable[[str, str], torch.Tensor]
+Rounder = Callable[[str, str, torch.Tensor | None], torch.Tensor]
+Rounded = Callable[[str, str], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Offer:
-    """What may be chosen: ``candidates(name)`` the types a tensor can take, in any order;
-    ``nbytes(name, type)`` what one takes on disk; ``rounder(name, type)`` the weight [out, in] that its reader sees.
+    """What may be chosen.
+
+    ``candidates(name)``: the types a tensor can take, in any order; ``nbytes(name, type)``: what one takes on disk;
+    ``rounder(name, type, importance)``: the weight [out, in] that its reader sees, importance float32 [in] the mean
+    square of each of its inputs, None for an embedding.
     """
 
     candidates: Callable[[str], list[str]]
@@ -116,15 +120,24 @@ def allocate(
     _check_memory(checkpoint, settings)
     model = _load(checkpoint, settings.device)
     curvatures = fisher(model, checkpoint.family, ids, settings.draws, settings.seed)
-    items = [_item(model, name, sizes[name], offer.rounder, curvatures) for name in track(names, "predictions")]
+    rounder = partial(_weighted, offer.rounder, {name: _importance(name, curvatures) for name in names})
+    items = [_item(model, name, sizes[name], rounder, curvatures) for name in track(names, "predictions")]
     del curvatures
     rows = settings.measure_rows
-    trial = _Trial(model, ids[: 2 * rows], offer.rounder)
+    trial = _Trial(model, ids[: 2 * rows], rounder)
     chosen = correct(items, budget, partial(trial.divergence, slice(0, rows)), settings.correction)
     measured = trial.divergence(slice(rows, None), chosen.types) if len(ids) > rows else None
     if measured is None:
         console.print("note: the calibration text has no rows left to judge the choice of types on", style="yellow")
     return _allocation(items, chosen, measured)
+
+
+def _importance(name: str, curvatures: Curvatures) -> torch.Tensor | None:
+    return None if name == EMBEDDING else curvatures[name][0].columns.diagonal().clone()
+
+
+def _weighted(rounder: Rounder, importance: dict[str, torch.Tensor | None], name: str, kind: str) -> torch.Tensor:
+    return rounder(name, kind, importance[name])
 
 
 def _allocation(items: list[Item], chosen: Corrected, measured: float | None) -> Allocation:
@@ -184,7 +197,7 @@ def _load(checkpoint: Checkpoint, device: str) -> Any:
     return model.eval().requires_grad_(False).to(device)
 
 
-def _item(model: Any, name: str, sizes: dict[str, int], rounder: Rounder, curvatures: Curvatures) -> Item:
+def _item(model: Any, name: str, sizes: dict[str, int], rounder: Rounded, curvatures: Curvatures) -> Item:
     weight = model.get_parameter(name)
     options = {
         kind: Option(size, predicted_loss(curvatures[name], weight, rounder(name, kind).to(weight.device)))
@@ -199,7 +212,7 @@ class _Trial:
     Of the unchanged model the last hidden states are kept, and its predictions made from them anew at each run.
     """
 
-    def __init__(self, model: Any, ids: np.ndarray, rounder: Rounder):
+    def __init__(self, model: Any, ids: np.ndarray, rounder: Rounded):
         self.model, self.rounder = model, rounder
         self.ids = torch.from_numpy(ids).to(model.device)
         self.head = model.get_output_embeddings().weight.data

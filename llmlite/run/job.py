@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
@@ -36,13 +36,15 @@ PHASES = ("capture", "moments", "solving", "writing")  # what `Job.seconds` tell
 class Work:
     """What a job is told beside the plan: how to solve, where to compute, where to keep activations and journal.
 
-    ``drift``: the unquantized network runs beside the one that is being rounded.
+    ``drift``: the unquantized network runs beside the one that is being rounded. ``importance``: the mean squared
+    inputs of linear layers by tensor name, float32 [in], where they are known without calibration.
     """
 
     solver: SolverSettings
     device: str
     scratch: Path
     drift: bool = True
+    importance: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,7 +129,8 @@ class Job:
                 self.sink.encode(row, tensor.to(self.work.device))
         else:
             with self._timed("solving"):
-                rounded = round_to_nearest(tensor.to(self.work.device), None, grid)
+                importance = self.work.importance.get(row.name)
+                rounded = round_to_nearest(tensor.to(self.work.device), None, grid, importance)
             self._put(row, rounded)
 
     def _put(self, row: PlanRow, rounded: Rounded) -> None:
@@ -160,7 +163,9 @@ class Job:
 
     def _first_inputs(self, stream: LayerStream, rows: Rows, batch: int) -> dict[str, Activations]:
         """What the first layer to do takes in, in the rounded network and, to see the drift, in the original one."""
-        networks = ["rounded", "original"] if self.work.drift else ["rounded"]
+        networks = (
+            ["original", "rounded"] if self.work.drift else ["rounded"]
+        )  # a copy is made before weights are loaded
         done = self.journal.layers
         with self._timed("capture"):
             if done == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,10 +12,12 @@ import psutil
 import torch
 
 from llmlite import __version__
+from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair
 from llmlite.calibrate.corpus import default_corpora, read_corpus
 from llmlite.calibrate.ids import read_ids
 from llmlite.calibrate.rows import Rows, token_rows
 from llmlite.checkpoint.artifact import (
+    GGUF_FILE,
     atomic_directory,
     refuse_existing,
     refuse_full_disk,
@@ -27,57 +29,21 @@ from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.gguf_import import import_gguf
 from llmlite.errors import InputError, first_line
+from llmlite.formats.gguf.imatrix import diagonal, read_imatrix
 from llmlite.memory import keep_heap_small
 from llmlite.plan.memory import scratch_space, working_memory
-from llmlite.plan.plan import Plan, SolverName, make_plan, stored_dtype
+from llmlite.plan.plan import Plan, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
 from llmlite.progress import console
 from llmlite.quantize.lattice import share_on_low_bit_grid
 from llmlite.quantize.solve import SolverSettings
+from llmlite.run.allocate import Allocation
+from llmlite.run.budget import allocate_types, allocation_table, nearest_preset, rules_of, tensor_budget
 from llmlite.run.job import BATCH_TOKENS, Job, Work
 from llmlite.run.journal import Journal, begin, describe_run, read_journal
+from llmlite.run.settings import QuantizeSettings, check
 from llmlite.run.sinks import open_sink
-
-
-@dataclass(frozen=True)
-class QuantizeSettings:
-    """What `quantize` can be told."""
-
-    to: str = field(
-        metadata={"help": "FORMAT:TYPE, as in gguf:q4_0, gptq:w4g128, compressed-tensors:w4a16g64, bnb:nf4"}
-    )
-    solver: SolverName = field(
-        default="auto",
-        metadata={
-            "help": "rtn rounds to nearest; imatrix too, with scales weighted by the inputs; feedback (auto) makes "
-            "error good by other weights"
-        },
-    )
-    calibration: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "text, JSON lines or chat files, or dataset names (default: a small mix that is packaged)"},
-    )
-    calibration_tokens: int = field(default=32768, metadata={"help": "tokens of calibration text in all"})
-    row_length: int = field(default=512, metadata={"help": "tokens in one calibration row"})
-    desc_act: bool = field(
-        default=False, metadata={"help": "gptq files: groups of channels by falling activation, not of neighbours"}
-    )
-    sweeps: int = field(default=4, metadata={"help": "feedback: rounds of coordinate descent over all codes"})
-    drift: float = field(
-        default=1.0,
-        metadata={"help": "feedback: how much is applied of the correction for what earlier layers lost, 0 to 1"},
-    )
-    damping: float = field(default=0.02, metadata={"help": "added to the moments' diagonal, as a share of its median"})
-    types: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "gguf: PATTERN=TYPE over the type that TO gives, last match wins, as in down_proj=q6_k"},
-    )
-    seed: int = field(default=0, metadata={"help": "chooses the calibration rows"})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
-    threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
-    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
-    resume: bool = field(default=False, metadata={"help": "go on with the unfinished run that has the same -o"})
 
 
 @dataclass(frozen=True)
@@ -85,7 +51,8 @@ class Quantized:
     """What was written: the artifact's directory, its plan, and each rounded tensor's relative weighted error.
 
     ``on_low_bit_grid``: the share of sampled weights that lay on a grid of 4 bits or fewer before; ``notes``: known
-    differences of the artifact from its base; ``seconds``: where the time of this run went.
+    differences of the artifact from its base; ``seconds``: where the time of this run went; ``allocation``: the types
+    chosen for a budget; ``repaired``: what the training of norms and scales gave.
     """
 
     directory: Path
@@ -94,6 +61,17 @@ class Quantized:
     on_low_bit_grid: float
     notes: tuple[str, ...]
     seconds: dict[str, float]
+    allocation: Allocation | None = None
+    repaired: Repaired | None = None
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The target and the rules over it, as given or as chosen for a budget."""
+
+    to: str | None
+    types: tuple[str, ...]
+    allocation: Allocation | None = None
 
 
 def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> Quantized:
@@ -104,7 +82,7 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
     same bytes. Raises `InputError` for input that can't be compressed as asked, `OutsideError` and OSError for the
     rest.
     """
-    _check(settings)
+    check(settings)
     keep_heap_small()
     out = Path(out)
     refuse_existing(out)
@@ -113,9 +91,10 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     with _opened(str(model), settings.revision, out) as checkpoint:
-        target = parse_target(settings.to)
-        types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act, settings.types)
-        plan = make_plan(checkpoint, target, types, settings.solver)
+        chosen, rows = _with_types(checkpoint, settings)
+        target = parse_target(chosen.to or "")
+        types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act, chosen.types)
+        plan = make_plan(checkpoint, target, types, "imatrix" if settings.imatrix else settings.solver)
         _check_solver_options(settings, plan)
         flattered = _low_bit_share(checkpoint)
         if flattered > 0.5:
@@ -124,7 +103,13 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
                 "figures for what is made from them flatter the rounding",
                 style="yellow",
             )
-        rows = _calibration_rows(checkpoint, settings) if plan.calibrated else None
+        if rows is None and ((plan.calibrated and not settings.imatrix) or settings.repair):
+            rows = _calibration_rows(checkpoint, settings)
+        tuning = RepairSettings(steps=settings.repair_steps, device=_device(settings))
+        if settings.repair:
+            assert rows is not None
+            check_repair(checkpoint, target.format, rows.ids, tuning)
+        importance = _importance(checkpoint, plan, settings)
         networks = _networks(settings, plan)
         _check_disk(out, checkpoint, plan, rows, networks)
         _tell_memory(checkpoint, plan, networks)
@@ -134,41 +119,36 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
             notes = (*plan.notes, *sink.notes)
             for note in notes:
                 console.print(f"note: {note}", style="yellow", markup=False)
-            job = Job(checkpoint, plan, sink, _work(settings, directory, networks > 1), journal)
+            job = Job(checkpoint, plan, sink, _work(settings, directory, networks > 1, importance), journal)
             try:
-                errors = job.run(rows)
+                errors = job.run(rows if plan.calibrated and not settings.imatrix else None)
                 sink.close()
             finally:
                 sink.abandon()
-            done = Quantized(out, plan, errors, flattered, notes, job.seconds)
+            repaired = None
+            if settings.repair and rows is not None:
+                repaired = repair(checkpoint, directory / GGUF_FILE, rows, tuning, directory)
+                notes += (repaired.note,) if repaired.note else ()
+            done = Quantized(out, plan, errors, flattered, notes, job.seconds, chosen.allocation, repaired)
             write_manifest(directory, _manifest(checkpoint, done, rows, settings))
     return done
 
 
-def _check(settings: QuantizeSettings) -> None:
-    if settings.calibration_tokens < settings.row_length or settings.row_length < 2:
-        raise InputError(
-            f"--calibration-tokens {settings.calibration_tokens} with --row-length {settings.row_length}: at least one "
-            "row of at least 2 tokens is right"
-        )
-    if not 0 < settings.damping <= 1:
-        raise InputError(f"--damping {settings.damping}: above 0 and at most 1 is right")
-    if not 0 <= settings.drift <= 1:
-        raise InputError(f"--drift {settings.drift}: from 0 to 1 is right")
-    if settings.sweeps < 0:
-        raise InputError(f"--sweeps {settings.sweeps}: 0 or more is right")
-    if settings.threads is not None and settings.threads < 1:
-        raise InputError(f"--threads {settings.threads}: at least 1 is right")
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {settings.device}: cpu, cuda or auto is right")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here; cpu or auto is right")
+def _with_types(checkpoint: Checkpoint, settings: QuantizeSettings) -> tuple[_Chosen, Rows | None]:
+    """The target as given, or types chosen for a budget, and the calibration rows that this took."""
+    if settings.to is not None:
+        return _Chosen(settings.to, settings.types), None
+    budget = tensor_budget(checkpoint, settings.target_size, settings.target_bpw)
+    rows = _calibration_rows(checkpoint, settings)
+    allocation = allocate_types(checkpoint, budget, rows, _device(settings))
+    console.print(allocation_table(allocation))
+    return _Chosen(f"gguf:{nearest_preset(allocation)}", rules_of(allocation) + settings.types, allocation), rows
 
 
 def _check_solver_options(settings: QuantizeSettings, plan: Plan) -> None:
     if settings.desc_act and plan.target.format != "gptq":
         raise InputError(f"--desc-act: only gptq files can say it, {plan.target} can't; leave it out")
-    if plan.calibrated:
+    if plan.calibrated or settings.repair:
         return
     for option, given in (("--calibration", settings.calibration), ("--desc-act", settings.desc_act)):
         if given:
@@ -177,9 +157,19 @@ def _check_solver_options(settings: QuantizeSettings, plan: Plan) -> None:
             )
 
 
-def _work(settings: QuantizeSettings, scratch: Path, drift: bool) -> Work:
+def _work(settings: QuantizeSettings, scratch: Path, drift: bool, importance: dict[str, torch.Tensor]) -> Work:
     solver = SolverSettings(settings.damping, settings.sweeps, settings.drift, settings.desc_act)
-    return Work(solver, _device(settings), scratch, drift)
+    return Work(solver, _device(settings), scratch, drift, importance)
+
+
+def _importance(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings) -> dict[str, torch.Tensor]:
+    """The mean squared inputs of each linear layer, from the importance matrix that was given."""
+    if settings.imatrix is None:
+        return {}
+    imatrix = read_imatrix(Path(settings.imatrix))
+    imatrix.check(checkpoint)
+    names = [row.name for row in plan.rows if row.solver == "imatrix"]
+    return {name: diagonal(imatrix, checkpoint.family, name) for name in names}
 
 
 def _device(settings: QuantizeSettings) -> str:
@@ -311,6 +301,8 @@ def _manifest(checkpoint: Checkpoint, done: Quantized, rows: Rows | None, settin
         "plan_sha256": done.plan.sha256,
         "plan": done.plan.to_json(),
         "errors": done.errors,
+        "allocation": None if done.allocation is None else done.allocation.to_json(),
+        "repair": None if done.repaired is None else asdict(done.repaired),
         "notes": list(done.notes),
         "versions": {name: version(name) for name in packages},
         "evals": {},

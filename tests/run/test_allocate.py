@@ -25,7 +25,7 @@ def offer(checkpoint: Checkpoint) -> Offer:
         rows, width = checkpoint.tensors[name].shape
         return rows * width * BITS[kind] // 8 + rows * width // 32 * 2
 
-    def rounded(name: str, kind: str) -> torch.Tensor:
+    def rounded(name: str, kind: str, _importance: torch.Tensor | None = None) -> torch.Tensor:
         return round_to_nearest(checkpoint.read(name), None, Grid(BITS[kind], 32)).dequantize()
 
     return Offer(lambda name: list(BITS), size, rounded)

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -143,6 +144,12 @@ def _file_type(layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> dict[str, V
     if any(TYPES[kind].grid is not None for kind in weights):
         head["general.quantization_version"] = QUANTIZATION_VERSION
     return head
+
+
+def head_bytes(metadata: Mapping[str, Value], layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
+    """Bytes before the first tensor's data; the tensors' types make no difference to it."""
+    with TemporaryDirectory() as folder:
+        return _write_head(Path(folder) / "head", {**_file_type(layout), **metadata}, layout)
 
 
 def _write_head(path: Path, metadata: Mapping[str, Value], layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> int:
