@@ -43,7 +43,7 @@ def _parser() -> Parser:
     parser = Parser(prog="llmlite", description="Make a language model fit the machine at hand, measure it, serve it.")
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
-    for add in (_add_import, _add_quantize, _add_eval, _add_serve):
+    for add in (_add_import, _add_quantize, _add_imatrix, _add_eval, _add_serve):
         add(verbs)
     return parser
 
@@ -57,8 +57,8 @@ def _verb(verbs: Any, name: str, run: Callable[[argparse.Namespace], int], text:
     return parser
 
 
-def _out(parser: Parser) -> None:
-    parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help="the directory to write")
+def _out(parser: Parser, what: str = "the directory to write") -> None:
+    parser.add_argument("-o", dest="out", type=Path, required=True, metavar="OUT", help=what)
 
 
 def _json(parser: Parser) -> None:
@@ -117,6 +117,23 @@ def _quantize(given: argparse.Namespace) -> int:
         from rich.console import Console
 
         Console().print(summary_table(done))
+    return 0
+
+
+def _add_imatrix(verbs: Any) -> None:
+    from llmlite.run.imatrix import ImatrixSettings
+
+    parser = _verb(verbs, "imatrix", _imatrix, "measure llama.cpp's importance matrix", ImatrixSettings)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory, a GGUF file or a hub id")
+    _out(parser, "the GGUF file to write, as llama-quantize --imatrix reads it")
+
+
+def _imatrix(given: argparse.Namespace) -> int:
+    from llmlite.run.imatrix import ImatrixSettings, measure_imatrix
+
+    done = measure_imatrix(given.model, given.out, settings_from(ImatrixSettings, given, given.recipe))
+    tokens = done.chunk_count * done.chunk_size
+    print(f"{given.out}: mean squared inputs of {len(done.sums)} linear layers over {tokens:,} tokens")
     return 0
 
 

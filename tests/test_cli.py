@@ -69,6 +69,7 @@ def test_bad_input_is_one_sentence_and_status_2(tmp_path, monkeypatch, capsys, c
         (["import", "nowhere.gguf", "-o", "OUT"], "nowhere.gguf"),
         (["eval", "nowhere"], "nowhere"),
         (["serve", "nowhere"], "nowhere"),
+        (["imatrix", "nowhere", "-o", "OUT"], "nowhere"),
         (["quantize", "nowhere", "-o", "OUT", "--to", "gguf:q8_0"], "nowhere"),
         ([], "VERB"),
         (["quantise"], "quantise"),
@@ -107,6 +108,17 @@ def test_a_gguf_file_is_a_model_too(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["base", "f32", "w8"]
     assert main(["quantize", str(base), "--to", "gguf:f32", "-o", str(tmp_path / "x.gguf")]) == 2
     assert "name a directory" in capsys.readouterr().err
+
+
+def test_an_importance_matrix_is_measured(tmp_path, capsys):
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "imatrix.gguf"
+    words = ["imatrix", str(base), "-o", str(out), "--calibration-tokens", "256", "--row-length", "64"]
+    assert main(words) == 0
+    assert "14 linear layers over 256 tokens" in capsys.readouterr().out
+    assert out.read_bytes().startswith(b"GGUF")
+    assert main(words) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["base", "imatrix.gguf"]
 
 
 def test_the_module_runs_as_a_command(tmp_path):

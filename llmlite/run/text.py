@@ -1,4 +1,4 @@
-"""What a measuring verb begins with: the checkpoint, opened, and its calibration text as rows of token ids."""
+"""What a verb that measures on text begins with: the device, the opened checkpoint, and rows of token ids."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from llmlite.calibrate.corpus import default_corpora, read_corpus
 from llmlite.calibrate.ids import read_ids
@@ -17,6 +19,23 @@ from llmlite.errors import InputError, first_line
 from llmlite.progress import console
 
 
+def choose_device(device: str, threads: int | None) -> str:
+    """Where torch computes, "cpu" or "cuda", with its processor threads set; `InputError` for what is not there.
+
+    ``device``: cpu, cuda, or auto for cuda where there is one; ``threads``: None leaves torch's choice.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {device}: cpu, cuda or auto is right")
+    there = torch.cuda.is_available()
+    if device == "cuda" and not there:
+        raise InputError("--device cuda: torch sees no CUDA device here; cpu or auto is right")
+    if threads is not None:
+        if threads < 1:
+            raise InputError(f"--threads {threads}: at least 1 is right")
+        torch.set_num_threads(threads)
+    return "cuda" if there and device != "cpu" else "cpu"
+
+
 @contextmanager
 def opened(model: str, revision: str | None, out: Path) -> Iterator[Checkpoint]:
     """The checkpoint of a directory or hub id; a GGUF file is imported beside ``out`` first, and that is gone after."""
@@ -26,6 +45,15 @@ def opened(model: str, revision: str | None, out: Path) -> Iterator[Checkpoint]:
     with scratch_directory(out) as folder:
         import_gguf(Path(model), folder / "base")
         yield replace(open_checkpoint(folder / "base"), source=model)
+
+
+def check_row_length(tokens: int, row_length: int) -> None:
+    """`InputError` unless ``tokens`` are at least one row of at least 2 tokens."""
+    if tokens < row_length or row_length < 2:
+        raise InputError(
+            f"--calibration-tokens {tokens} with --row-length {row_length}: at least one row of at least 2 tokens is "
+            "right"
+        )
 
 
 def calibration_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: int, row_length: int, seed: int) -> Rows:
