@@ -59,7 +59,8 @@ def _driven(setup: Setup, tool: str, kind: str, out: Path, log: Path) -> None:
     bits, group = kind.removeprefix("w").split("g")
     driver = HERE / f"run_{tool.replace('-', '_')}.py"
     command = [str(python), str(driver), str(setup.base), str(setup.calibration_rows()), str(out), bits, group]
-    threads = {"OMP_NUM_THREADS": str(setup.threads), "GPTQMODEL_CPU_WORKERS": str(setup.threads)}
+    # GPTQModel does not start with fewer workers than two.
+    threads = {"OMP_NUM_THREADS": str(setup.threads), "GPTQMODEL_CPU_WORKERS": str(max(setup.threads, 2))}
     # Without PYTHONPATH, which may lead to packages of this interpreter's environment.
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run(command, log, {**own, **threads})

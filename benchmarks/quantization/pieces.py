@@ -46,6 +46,11 @@ def is_made(path: Path, settings: Settings) -> bool:
     return path.exists() and stamp.is_file() and json.loads(stamp.read_text()) == json.loads(json.dumps(dict(settings)))
 
 
+def made_from(path: Path) -> dict:
+    """The settings of a finished piece."""
+    return json.loads(_stamp(path).read_text())
+
+
 def _stamp(path: Path) -> Path:
     return path.with_name(f"{path.name}.settings.json")
 

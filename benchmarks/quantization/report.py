@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.quantization.artifacts import LLMLITE, PEERS
+from benchmarks.quantization.pieces import made_from
 from benchmarks.quantization.prepare import Setup
 from benchmarks.quantization.score import known
 from benchmarks.quantization.texts import TEXTS
@@ -33,7 +34,7 @@ def report(setup: Setup) -> None:
 
 
 def gather(setup: Setup) -> dict:
-    """``artifacts``: size and figures by name and text; ``pairs``: llmlite against each peer, text by text."""
+    """``artifacts``: by name, what made it, its size and its figures by text; ``pairs``: llmlite against each peer."""
     artifacts = {}
     for artifact in (*PEERS, *LLMLITE):
         path = artifact.path(setup)
@@ -43,7 +44,8 @@ def gather(setup: Setup) -> dict:
         if texts:
             size = measure_size(find(path))
             facts = {"bytes": size.bytes, "bits_per_weight": size.bits_per_weight, "texts": texts}
-            artifacts[artifact.name] = {"tool": artifact.tool, "type": artifact.type, **facts}
+            named = {"tool": artifact.tool, "type": artifact.type, "made_from": made_from(path)}
+            artifacts[artifact.name] = {**named, **facts}
     settings = {"windows": setup.rows, "window": setup.length, "calibration_tokens": setup.tokens, **setup.origin}
     return {"settings": settings, "artifacts": artifacts, "pairs": list(_pairs(artifacts))}
 
@@ -128,6 +130,7 @@ def picture(results: dict, path: Path) -> None:
             for x, y, kind in points:
                 axes.annotate(kind, (x, y), fontsize=7, color=f"C{number}", **at)
         axes.set_yscale("log")
+        axes.margins(0.1)
         axes.set_title(text)
         axes.set_xlabel("bytes on disk (MB)")
         axes.set_ylabel("mean KL from the base (nats)")

@@ -77,8 +77,8 @@ def _gptq(stored: dict[str, torch.Tensor], config: Mapping[str, Any]) -> dict[st
             width = value.shape[0] * 32 // bits
             group = math.ceil(width / len(scales))
             index = stored.get(f"{module}.g_idx", torch.arange(width) // group).long()
-            codes = unpack_int32(value.T, bits, width).T
-            zeros = unpack_int32(stored[f"{module}.qzeros"], bits, scales.shape[1]) + shift
+            codes = unpack_int32(value.T, bits, width).T.int()
+            zeros = unpack_int32(stored[f"{module}.qzeros"], bits, scales.shape[1]).int() + shift
             out[f"{module}.weight"] = (scales[index] * (codes - zeros[index])).T
         elif part not in ("qzeros", "scales", "g_idx"):
             out[name] = value.float()
