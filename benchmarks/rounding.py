@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=32768, help="calibration tokens")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    solvers: tuple[SolverName, ...] = ("rtn", "gptq")
+    solvers: tuple[SolverName, ...] = ("rtn", "feedback")
     jobs = [(target, solver) for target in (*FOUR_BITS, *EIGHT_BITS) for solver in solvers]
     results: dict[tuple[str, str], Evaluation] = {}
     base = evaluate(args.base, EvalSettings(text=(str(TEXT),), windows=args.windows))
@@ -60,12 +60,12 @@ def _figures(result: Evaluation) -> tuple[float, float]:
 def _holds(results: dict[tuple[str, str], Evaluation], base: Evaluation) -> bool:
     held = True
     for target in FOUR_BITS:
-        (plain, plain_kl), (mine, mine_kl) = _figures(results[target, "rtn"]), _figures(results[target, "gptq"])
-        same = results[target, "rtn"].size.bytes == results[target, "gptq"].size.bytes
+        (plain, plain_kl), (mine, mine_kl) = _figures(results[target, "rtn"]), _figures(results[target, "feedback"])
+        same = results[target, "rtn"].size.bytes == results[target, "feedback"].size.bytes
         print(f"{target}: perplexity {mine / plain:.3f}, mean KL {mine_kl / plain_kl:.3f} of round-to-nearest's")
         held &= same and mine < plain and mine_kl < plain_kl
     for target in EIGHT_BITS:
-        plain, mine = (_figures(results[target, s])[0] / _figures(base)[0] - 1 for s in ("rtn", "gptq"))
+        plain, mine = (_figures(results[target, s])[0] / _figures(base)[0] - 1 for s in ("rtn", "feedback"))
         print(f"{target}: perplexity {mine:+.2%} against the base, rounded to nearest {plain:+.2%}")
         held &= mine < MOST_AT_8_BITS
     return held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,22 +13,18 @@ import torch
 
 from llmlite import __version__
 from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair
-from llmlite.calibrate.corpus import default_corpora, read_corpus
-from llmlite.calibrate.ids import read_ids
-from llmlite.calibrate.rows import Rows, token_rows
+from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import (
     GGUF_FILE,
     atomic_directory,
     refuse_existing,
     refuse_full_disk,
-    scratch_directory,
     sha256_of,
     write_manifest,
 )
-from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import LAYER
-from llmlite.checkpoint.gguf_import import import_gguf
-from llmlite.errors import InputError, first_line
+from llmlite.errors import InputError
 from llmlite.formats.gguf.imatrix import diagonal, read_imatrix
 from llmlite.memory import keep_heap_small
 from llmlite.plan.memory import scratch_space, working_memory
@@ -44,6 +40,7 @@ from llmlite.run.job import BATCH_TOKENS, Job, Work
 from llmlite.run.journal import Journal, begin, describe_run, read_journal
 from llmlite.run.settings import QuantizeSettings, check
 from llmlite.run.sinks import open_sink
+from llmlite.run.text import calibration_rows, choose_device, opened
 
 
 @dataclass(frozen=True)
@@ -88,10 +85,9 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
     refuse_existing(out)
     if out.suffix == ".gguf":
         raise InputError(f"-o {out}: name a directory; the GGUF file will be {out.with_suffix('')}/model.gguf")
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    with _opened(str(model), settings.revision, out) as checkpoint:
-        chosen, rows = _with_types(checkpoint, settings)
+    device = choose_device(settings.device, settings.threads)
+    with opened(str(model), settings.revision, out) as checkpoint:
+        chosen, rows = _with_types(checkpoint, settings, device)
         target = parse_target(chosen.to or "")
         types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act, chosen.types)
         plan = make_plan(checkpoint, target, types, "imatrix" if settings.imatrix else settings.solver)
@@ -104,8 +100,8 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
                 style="yellow",
             )
         if rows is None and ((plan.calibrated and not settings.imatrix) or settings.repair):
-            rows = _calibration_rows(checkpoint, settings)
-        tuning = RepairSettings(steps=settings.repair_steps, device=_device(settings))
+            rows = _rows(checkpoint, settings)
+        tuning = RepairSettings(steps=settings.repair_steps, device=device)
         if settings.repair:
             assert rows is not None
             check_repair(checkpoint, target.format, rows.ids, tuning)
@@ -113,13 +109,13 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
         networks = _networks(settings, plan)
         _check_disk(out, checkpoint, plan, rows, networks)
         _tell_memory(checkpoint, plan, networks)
-        journal = _journal(out, checkpoint, plan, rows, settings)
+        journal = _journal(out, checkpoint, plan, rows, settings, device)
         with _kept_when_interrupted(journal), atomic_directory(out, resume=journal.layers > 0) as directory:
             sink = open_sink(directory, checkpoint, plan, types, rows, reopen=journal.layers > 0)
             notes = (*plan.notes, *sink.notes)
             for note in notes:
                 console.print(f"note: {note}", style="yellow", markup=False)
-            job = Job(checkpoint, plan, sink, _work(settings, directory, networks > 1, importance), journal)
+            job = Job(checkpoint, plan, sink, _work(settings, device, directory, networks > 1, importance), journal)
             try:
                 errors = job.run(rows if plan.calibrated and not settings.imatrix else None)
                 sink.close()
@@ -134,13 +130,13 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
     return done
 
 
-def _with_types(checkpoint: Checkpoint, settings: QuantizeSettings) -> tuple[_Chosen, Rows | None]:
+def _with_types(checkpoint: Checkpoint, settings: QuantizeSettings, device: str) -> tuple[_Chosen, Rows | None]:
     """The target as given, or types chosen for a budget, and the calibration rows that this took."""
     if settings.to is not None:
         return _Chosen(settings.to, settings.types), None
     budget = tensor_budget(checkpoint, settings.target_size, settings.target_bpw)
-    rows = _calibration_rows(checkpoint, settings)
-    allocation = allocate_types(checkpoint, budget, rows, _device(settings))
+    rows = _rows(checkpoint, settings)
+    allocation = allocate_types(checkpoint, budget, rows, device)
     console.print(allocation_table(allocation))
     return _Chosen(f"gguf:{nearest_preset(allocation)}", rules_of(allocation) + settings.types, allocation), rows
 
@@ -157,9 +153,11 @@ def _check_solver_options(settings: QuantizeSettings, plan: Plan) -> None:
             )
 
 
-def _work(settings: QuantizeSettings, scratch: Path, drift: bool, importance: dict[str, torch.Tensor]) -> Work:
+def _work(
+    settings: QuantizeSettings, device: str, scratch: Path, drift: bool, importance: dict[str, torch.Tensor]
+) -> Work:
     solver = SolverSettings(settings.damping, settings.sweeps, settings.drift, settings.desc_act)
-    return Work(solver, _device(settings), scratch, drift, importance)
+    return Work(solver, device, scratch, drift, importance)
 
 
 def _importance(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings) -> dict[str, torch.Tensor]:
@@ -172,19 +170,16 @@ def _importance(checkpoint: Checkpoint, plan: Plan, settings: QuantizeSettings) 
     return {name: diagonal(imatrix, checkpoint.family, name) for name in names}
 
 
-def _device(settings: QuantizeSettings) -> str:
-    cuda = settings.device == "cuda" or (settings.device == "auto" and torch.cuda.is_available())
-    return "cuda" if cuda else "cpu"
-
-
 def _lasting(settings: QuantizeSettings) -> dict:
     """The settings that bear on the result."""
     return {name: value for name, value in asdict(settings).items() if name != "resume"}
 
 
-def _journal(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, settings: QuantizeSettings) -> Journal:
+def _journal(
+    out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, settings: QuantizeSettings, device: str
+) -> Journal:
     """The unfinished run's journal, or an empty one; says which."""
-    run = describe_run(checkpoint, plan, rows, _lasting(settings), _device(settings))
+    run = describe_run(checkpoint, plan, rows, _lasting(settings), device)
     journal = begin(out, run, settings.resume)
     if journal.layers:
         said = f"resumed: goes on at layer {journal.layers} of {checkpoint.num_layers}"
@@ -210,17 +205,6 @@ def _kept_when_interrupted(journal: Journal) -> Iterator[None]:
         raise
 
 
-@contextmanager
-def _opened(model: str, revision: str | None, out: Path) -> Iterator[Checkpoint]:
-    """The checkpoint; a GGUF file is imported into a directory beside ``out`` that is gone afterwards."""
-    if not model.endswith(".gguf"):
-        yield open_checkpoint(model, revision)
-        return
-    with scratch_directory(out) as folder:
-        import_gguf(Path(model), folder / "base")
-        yield replace(open_checkpoint(folder / "base"), source=model)
-
-
 def _low_bit_share(checkpoint: Checkpoint) -> float:
     """The largest share on a low-bit grid among the linear layers of the first and the middle decoder layer."""
     layers = {0, checkpoint.num_layers // 2}
@@ -229,39 +213,9 @@ def _low_bit_share(checkpoint: Checkpoint) -> float:
     return sum(shares) / len(shares)
 
 
-def _calibration_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Rows:
-    given = [source for source in settings.calibration if source.endswith(".npy")]
-    if given and len(settings.calibration) > 1:
-        raise InputError(f"--calibration {given[0]}: token ids stand alone; give that file and no other")
-    rows = read_ids(given[0]) if given else _text_rows(checkpoint, settings)
-    vocabulary = checkpoint.config["vocab_size"]
-    if rows.ids.max() >= vocabulary:
-        raise InputError(
-            f"{checkpoint.source}: the calibration text has token id {rows.ids.max()}, the model {vocabulary} tokens"
-        )
-    return rows
-
-
-def _text_rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Rows:
-    from transformers import AutoTokenizer
-
-    corpora = [read_corpus(source) for source in settings.calibration]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory, trust_remote_code=False)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{checkpoint.source}: its tokenizer can't be loaded, and calibration needs it ({first_line(error)})"
-        ) from None
-    if not corpora:
-        corpora = default_corpora(chat=tokenizer.chat_template is not None)
-    rows = token_rows(corpora, tokenizer, settings.calibration_tokens, settings.row_length, settings.seed)
-    if rows.ids.size < settings.calibration_tokens - settings.row_length:
-        console.print(
-            f"note: the calibration text has {rows.ids.size:,} tokens in whole rows, "
-            f"{settings.calibration_tokens:,} were asked for",
-            style="yellow",
-        )
-    return rows
+def _rows(checkpoint: Checkpoint, settings: QuantizeSettings) -> Rows:
+    tokens, length = settings.calibration_tokens, settings.row_length
+    return calibration_rows(checkpoint, settings.calibration, tokens, length, settings.seed)
 
 
 def _networks(settings: QuantizeSettings, plan: Plan) -> int:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from llmlite.errors import InputError
 from llmlite.plan.plan import SolverName
+from llmlite.run.text import check_row_length
 
 
 @dataclass(frozen=True)
@@ -76,20 +75,10 @@ def check(settings: QuantizeSettings) -> None:
         )
     if settings.imatrix is not None and (settings.solver not in ("auto", "imatrix") or settings.calibration):
         raise InputError("--imatrix: goes with --solver imatrix, and without --calibration")
-    if settings.calibration_tokens < settings.row_length or settings.row_length < 2:
-        raise InputError(
-            f"--calibration-tokens {settings.calibration_tokens} with --row-length {settings.row_length}: at least one "
-            "row of at least 2 tokens is right"
-        )
+    check_row_length(settings.calibration_tokens, settings.row_length)
     if not 0 < settings.damping <= 1:
         raise InputError(f"--damping {settings.damping}: above 0 and at most 1 is right")
     if not 0 <= settings.drift <= 1:
         raise InputError(f"--drift {settings.drift}: from 0 to 1 is right")
     if settings.sweeps < 0:
         raise InputError(f"--sweeps {settings.sweeps}: 0 or more is right")
-    if settings.threads is not None and settings.threads < 1:
-        raise InputError(f"--threads {settings.threads}: at least 1 is right")
-    if settings.device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {settings.device}: cpu, cuda or auto is right")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device here; cpu or auto is right")

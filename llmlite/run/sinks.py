@@ -146,7 +146,7 @@ class GgufSink:
         layout = {self._model.gguf_name(row.name): (row.type, row.shape) for row in plan.rows}
         layout.update({name: ("f32", tuple(tensor.shape)) for name, tensor in extra.items()})
         metadata = {**self._model.metadata, **types.metadata}
-        if rows is not None:
+        if rows is not None and plan.calibrated:
             dataset = ", ".join(source["source"] for source in rows.sources)
             solved = sum(row.solver in CALIBRATED for row in plan.rows)
             metadata |= imatrix_metadata("measured while rounding", dataset, solved, len(rows.ids))

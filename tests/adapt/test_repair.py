@@ -94,7 +94,7 @@ def test_the_file_comes_nearer_to_its_base_on_rows_that_trained_nothing(repaired
     assert after < 0.96 * before
     assert told.before == pytest.approx(before, rel=0.02)
     assert told.after == pytest.approx(after, rel=0.02)
-    assert told.note is None and 0 < told.best_step <= told.steps <= SHORT.steps  # noqa: PT018
+    assert told.note is None and 0 < told.best_step <= told.steps <= SHORT.steps
 
 
 def test_only_real_numbers_of_layers_and_norms_change(repaired):
