@@ -131,7 +131,7 @@ def test_the_module_runs_as_a_command(tmp_path):
 def test_a_broken_disk_is_status_3(tmp_path, monkeypatch, capsys):
     import llmlite.run.quantize as module
 
-    def fails(*_):
+    def fails(*_, **_named):
         raise OSError(28, "No space left on device", str(tmp_path / "out"))
 
     monkeypatch.setattr(module, "open_sink", fails)
