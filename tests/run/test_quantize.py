@@ -113,9 +113,19 @@ def test_a_base_on_a_low_bit_grid_is_recognized(tmp_path, capsys):
     model.save_pretrained(tmp_path / "rounded")
     save_tiny(tmp_path / "trained")
     for name, flattered in (("rounded", True), ("trained", False)):
-        done = quantize(tmp_path / name, tmp_path / f"{name}-out", QuantizeSettings("compressed-tensors:w8a16"))
+        settings = QuantizeSettings("compressed-tensors:w8a16", solver="rtn")
+        done = quantize(tmp_path / name, tmp_path / f"{name}-out", settings)
         assert (done.on_low_bit_grid > 0.9) == flattered
         assert ("flatter" in capsys.readouterr().err) == flattered
+
+
+def spoil_large(directory: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(directory / "model.safetensors")
+    for name in ("gate_proj", "up_proj"):
+        state[f"model.layers.1.mlp.{name}.weight"] *= 1e30  # their product is beyond float32
+    save_file(state, directory / "model.safetensors")
 
 
 def spoil_nan(directory: Path) -> None:
@@ -129,15 +139,18 @@ def spoil_nan(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "settings", "said"),
     [
-        (spoil_nan, QuantizeSettings("compressed-tensors:w8a16"), "'model.layers.1.mlp.up_proj.weight' holds NaN"),
+        (spoil_nan, {}, "'model.layers.1.mlp.up_proj.weight' holds NaN"),
+        (spoil_nan, {"solver": "rtn"}, "'model.layers.1.mlp.up_proj.weight' holds NaN"),
+        (spoil_large, {}, r"the inputs of model.layers.1.mlp.down_proj are not all finite"),
+        (spoil_large, {"solver": "imatrix"}, r"the inputs of model.layers.1.mlp.down_proj are not all finite"),
         (lambda d: (d / "chat_template.jinja").unlink(), {"calibration": "chat"}, "no chat template"),
         (lambda d: (d / "tokenizer.json").write_text("{"), {}, "tokenizer can't be loaded"),
         (lambda d: edit_config(d, vocab_size=300), {}, "vocab|shape"),
         (lambda d: None, {"desc_act": True}, "only gptq"),
         (lambda d: None, {"calibration_tokens": 3}, "at least one"),
         (lambda d: None, {"damping": 0.0}, "--damping"),
-        (lambda d: None, {"to": "compressed-tensors:w8a16", "calibration": ("x.txt",)}, "only --solver feedback uses it"),
-        (lambda d: None, {"to": "gptq:w8", "desc_act": True}, "only --solver feedback uses it"),
+        (lambda d: None, {"solver": "rtn", "calibration": ("x.txt",)}, "only --solver feedback uses it"),
+        (lambda d: None, {"to": "gptq:w8", "solver": "rtn", "desc_act": True}, "only --solver feedback uses it"),
         (lambda d: None, {"device": "tpu"}, "--device"),
     ],
 )
@@ -155,6 +168,14 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(tmp_path, spoil, settin
         quantize(base, tmp_path / "out", settings)
     assert os.listdir(tmp_path) == ["base"]
     assert digests(base) == before
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+def test_fewer_rows_than_would_be_held_out_are_enough(tmp_path, rows):
+    base = save_tiny(tmp_path / "base")
+    settings = QuantizeSettings("gguf:q4_0", calibration_tokens=64 * rows, row_length=64, sweeps=1)
+    errors = quantize(base, tmp_path / "out", settings).errors
+    assert all(0 < error < 0.1 for error in errors.values())
 
 
 def test_a_chat_that_the_template_refuses_is_one_sentence(tmp_path):
@@ -181,7 +202,7 @@ def test_a_model_without_a_chat_template_is_calibrated_on_the_default_text_alone
     (base / "chat_template.jinja").unlink()
     quantize(base, tmp_path / "out", QuantizeSettings("compressed-tensors:w4a16g32", **SMALL))
     sources = json.loads((tmp_path / "out" / "llmlite.json").read_text())["calibration"]["sources"]
-    assert [s["source"] for s in sources] == ["default:web.jsonl"]
+    assert [s["source"] for s in sources] == [f"default:{name}.jsonl" for name in ("prose", "web", "code", "chinese")]
 
 
 def test_too_little_disk_is_said_before_work(tmp_path, monkeypatch):
@@ -225,7 +246,7 @@ KILLED = """
     torch.set_num_threads(1)
     from llmlite.run.quantize import QuantizeSettings, quantize
     base, out, to, wait = sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4:]
-    settings = QuantizeSettings(to, calibration_tokens=4096, row_length=64)
+    settings = QuantizeSettings(to, calibration_tokens=4096, row_length=64, sweeps=1)
     for number, seconds in enumerate(map(float, wait)):
         child = os.fork()
         if child == 0:
@@ -244,7 +265,7 @@ def test_killed_at_five_random_moments_it_leaves_no_artifact_that_opens(tmp_path
     base = save_tiny(tmp_path / "base", num_hidden_layers=8)
     before = digests(base)
     started = time.monotonic()
-    quantize(base, tmp_path / "whole", QuantizeSettings(to, calibration_tokens=4096, row_length=64))
+    quantize(base, tmp_path / "whole", QuantizeSettings(to, calibration_tokens=4096, row_length=64, sweeps=1))
     whole = time.monotonic() - started
     moments = [f"{random.Random(n).uniform(0.02, 0.9) * whole:.3f}" for n in range(5)]
     run = child(KILLED, str(base), str(tmp_path / "out"), to, *moments)
@@ -266,7 +287,8 @@ def test_killed_at_five_random_moments_it_leaves_no_artifact_that_opens(tmp_path
 PEAK = """
     import sys
     from llmlite.run.quantize import QuantizeSettings, quantize
-    quantize(sys.argv[1], sys.argv[2], QuantizeSettings(sys.argv[3], calibration_tokens=1024, row_length=128, threads=1))
+    base, out, to = sys.argv[1:]
+    quantize(base, out, QuantizeSettings(to, calibration_tokens=1024, row_length=128, sweeps=1, threads=1))
     print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
 """
 
