@@ -1,7 +1,7 @@
 """auto-round in its own environment: python run_auto_round.py BASE ROWS.npy OUT BITS GROUP.
 
-Its own recipe: 200 steps a layer. It computes in bfloat16; loaded as bfloat16, the model also keeps its other tensors in
-16 bits, as llmlite does. Written in the GPTQ format.
+Its own recipe, 200 steps a layer. It computes in bfloat16 in any case; loaded as bfloat16, the model also keeps its
+other tensors in 16 bits, as llmlite does. Written in the GPTQ format.
 """
 
 import sys
