@@ -137,7 +137,7 @@ TOKENIZERS = {
 }
 
 
-def save_tiny(name: str, directory: Path, padding: int = 5, **size: int) -> Path:
+def save_tiny(name: str, directory: Path, padding: int = 5, **size: float) -> Path:
     """A random model of `CONFIGS` with its tokenizer; ``padding`` rows of the embedding have no token.
 
     ``size`` replaces values of `SIZE`. Norms lie on multiples of 1/1024, so that Gemma's shift by 1 and back is
