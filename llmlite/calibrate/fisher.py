@@ -2,9 +2,12 @@
 
 For a small change D of one weight the mean divergence KL(before || after) of a token's prediction is half of
 vec(D)T F vec(D), with F the Fisher information per token (Martens 2020, section 9.2). As in K-FAC (Martens and Grosse
-2015, section 3) F of a linear layer is taken for E[g gT] (x) E[x xT]: x its inputs, g the gradients of the summed
-log-likelihood at its outputs, labels drawn from the model's own predictions. Of E[g gT] the diagonal is kept: the
-rounding errors of two output channels have next to nothing in common.
+2015, section 3) F of a linear layer is taken for a product of two factors: one of x, its inputs, and one of g, the
+gradients of the summed log-likelihood at its outputs, labels drawn from the model's own predictions. Two things differ:
+
+- Each token's x xT is weighted by the token's |g|**2. The first token of a text often has inputs a thousand times
+  larger than all others and gradients near zero; taken apart from each other the two predict a loss that is not there.
+- Of E[g gT] the diagonal is kept: the rounding errors of two output channels have next to nothing in common.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ from llmlite.progress import track
 class Curvature:
     """Half the second derivative of the mean divergence in one weight [out, in], in nats per token.
 
-    ``rows`` float32 [out] times ``columns`` float32 [in, in]: mean squared gradients and second moments of the inputs
-    of a linear layer; how often a token comes and second moments of the gradients, of an embedding.
+    It is ``rows`` float32 [out] times ``columns`` float32 [in, in]. Of a linear layer: mean squared gradients, and mean
+    x xT of the inputs, tokens weighted by their squared gradients. Of an embedding: how often a token comes, and second
+    moments of the gradients. ``inputs`` float32 [in]: mean squares of a linear layer's inputs, None for an embedding.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
+    inputs: torch.Tensor | None = None
 
 
 BATCH_TOKENS = 512  # run at a time: the logits of these tokens are held three times
@@ -51,7 +56,7 @@ def fisher(model: Any, family: Family, ids: np.ndarray, draws: int = 1, seed: in
 
     ``model``: a transformers causal model whose weights need no gradient; ``ids`` int64 [rows, length]; ``draws``:
     labels drawn for each position, each costs a backward pass. A tied head's curvature stands under the embedding's
-    name. Memory: both factors of all weights; linear layers that share an input share ``columns``.
+    name. Memory: both factors of all weights.
     """
     device = next(model.parameters()).device
     chance = torch.Generator(device=device).manual_seed(seed)
@@ -67,10 +72,15 @@ def fisher(model: Any, family: Family, ids: np.ndarray, draws: int = 1, seed: in
                 slope = likely.clone()  # the gradient of the negative log-likelihood of these labels
                 slope.scatter_add_(1, labels, torch.full(labels.shape, -1.0, device=device))
                 logits.backward(slope.reshape(logits.shape).to(logits.dtype), retain_graph=draw + 1 < draws)
-    tokens = ids.size  # in place: the factors are large, and shared ones must be divided once
-    for total in {id(part): part for parts in sums.values() for c in parts for part in (c.rows, c.columns)}.values():
-        total.div_(tokens)
-    return sums
+    return {name: tuple(_mean(total, ids.size) for total in parts) for name, parts in sums.items()}
+
+
+def _mean(total: Curvature, tokens: int) -> Curvature:
+    """From sums over tokens, in place: the factors are large."""
+    if total.inputs is None:
+        return Curvature(total.rows.div_(tokens), total.columns.div_(tokens))
+    weights = total.rows.sum().clamp_min(torch.finfo(torch.float32).tiny)  # what the tokens in columns weigh in all
+    return Curvature(total.rows / tokens, total.columns.div_(weights), total.inputs / tokens)
 
 
 @contextmanager
@@ -79,19 +89,15 @@ def _watched(model: Any, family: Family, draws: int) -> Iterator[Curvatures]:
     sums: Curvatures = {}
     handles = []
 
-    for layer in range(len(model.model.layers)):
-        for stage in family.stages:
-            columns = None
-            for name in stage:
-                linear = model.get_submodule(f"{LAYER}{layer}.{name}")
-                total, shared = _empty(linear, columns), columns is not None
-                columns = total.columns
-                sums[f"{LAYER}{layer}.{name}.weight"] = (total,)
-                handles.append(linear.register_forward_hook(_linear_hook(total, shared, draws)))
+    names = [f"{LAYER}{n}.{name}" for n in range(len(model.model.layers)) for name in family.linears]
+    for name in names:
+        linear = model.get_submodule(name)
+        sums[f"{name}.weight"] = (total := _empty(linear, True),)
+        handles.append(linear.register_forward_hook(_linear_hook(total, draws)))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    looked_up, read_out = _empty(embedding), _empty(head)
+    looked_up, read_out = _empty(embedding, False), _empty(head, True)
     handles.append(embedding.register_forward_hook(_embedding_hook(looked_up, draws)))
-    handles.append(head.register_forward_hook(_linear_hook(read_out, False, draws)))
+    handles.append(head.register_forward_hook(_linear_hook(read_out, draws)))
     tied = head.weight is embedding.weight
     sums.update({EMBEDDING: (looked_up, read_out)} if tied else {EMBEDDING: (looked_up,), HEAD: (read_out,)})
     try:
@@ -101,22 +107,23 @@ def _watched(model: Any, family: Family, draws: int) -> Iterator[Curvatures]:
             handle.remove()
 
 
-def _empty(module: Any, columns: torch.Tensor | None = None) -> Curvature:
+def _empty(module: Any, linear: bool) -> Curvature:
     rows, width = module.weight.shape
     device = module.weight.device
-    return Curvature(
-        torch.zeros(rows, device=device), torch.zeros(width, width, device=device) if columns is None else columns
-    )
+    inputs = torch.zeros(width, device=device) if linear else None
+    return Curvature(torch.zeros(rows, device=device), torch.zeros(width, width, device=device), inputs)
 
 
-def _linear_hook(total: Curvature, shared: bool, draws: int) -> Callable[[Any, tuple, torch.Tensor], None]:
+def _linear_hook(total: Curvature, draws: int) -> Callable[[Any, tuple, torch.Tensor], None]:
     def add(_module: Any, args: tuple, out: torch.Tensor) -> None:
-        if not shared:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            total.columns.addmm_(x.T, x)
+        x = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+        assert total.inputs is not None
+        total.inputs.add_(x.square().sum(0))
 
         def gradient(g: torch.Tensor) -> None:
-            total.rows.add_(g.reshape(-1, g.shape[-1]).float().square().sum(0), alpha=1 / draws)
+            squares = g.reshape(-1, g.shape[-1]).float().square()
+            total.rows.add_(squares.sum(0), alpha=1 / draws)
+            total.columns.addmm_((x * squares.sum(1, keepdim=True)).T, x, alpha=1 / draws)
 
         out.register_hook(gradient)
 

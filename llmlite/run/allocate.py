@@ -133,7 +133,7 @@ def allocate(
 
 
 def _importance(name: str, curvatures: Curvatures) -> torch.Tensor | None:
-    return None if name == EMBEDDING else curvatures[name][0].columns.diagonal().clone()
+    return curvatures[name][0].inputs
 
 
 def _weighted(rounder: Rounder, importance: dict[str, torch.Tensor | None], name: str, kind: str) -> torch.Tensor:
@@ -171,8 +171,7 @@ def _check_budget(sizes: dict[str, dict[str, int]], budget: int) -> None:
 def _check_memory(checkpoint: Checkpoint, settings: AllocateSettings) -> None:
     """The model in float32, a second copy of its weights as tried, and the factors of the curvature."""
     weights = sum(int(np.prod(entry.shape)) for entry in checkpoint.tensors.values())
-    layer = f"{LAYER}0."
-    widths = [checkpoint.tensors[f"{layer}{stage[0]}.weight"].shape[1] for stage in checkpoint.family.stages]
+    widths = [checkpoint.tensors[f"{LAYER}0.{name}.weight"].shape[1] for name in checkpoint.family.linears]
     factors = checkpoint.num_layers * sum(width**2 for width in widths)
     needed = (2 * weights + factors) * FLOAT
     free = _free(settings.device)

@@ -48,7 +48,7 @@ def test_a_small_change_of_one_row_costs_what_is_predicted(family: str, tied: bo
     model = frozen(family, num_hidden_layers=2, tie_word_embeddings=tied)
     if family == "gemma3_text":
         model.model.embed_tokens.weight.data *= 0.3
-    curvatures = fisher(model, FAMILIES["gemma3" if "gemma" in family else family], ONE_TOKEN.repeat(8000, axis=0))
+    curvatures = fisher(model, FAMILIES["gemma3" if "gemma" in family else family], ONE_TOKEN.repeat(3000, axis=0))
     weight = model.get_parameter(name).data
     row = 7 if name == EMBEDDING else int(log_probs(model, ONE_TOKEN).argmax()) if name == HEAD else 5
     changed = weight.clone()
@@ -56,7 +56,7 @@ def test_a_small_change_of_one_row_costs_what_is_predicted(family: str, tied: bo
     told = predicted_loss(curvatures[name][:1] if tied else curvatures[name], weight, changed)
     if tied:  # the two uses of one row meet in one prediction: judged here is the looking up alone
         model.lm_head.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
-    assert told == pytest.approx(measured(model, name, changed, ONE_TOKEN), rel=0.1)
+    assert told == pytest.approx(measured(model, name, changed, ONE_TOKEN), rel=0.15)
 
 
 def test_a_tied_weight_answers_for_both_uses():
@@ -75,9 +75,28 @@ def test_more_rows_are_their_mean():
     ids = np.random.default_rng(0).integers(0, 320, (3, 512))
     model = frozen(max_position_embeddings=512)
     name = f"{LAYER}mlp.up_proj.weight"
-    whole = fisher(model, FAMILIES["llama"], ids)[name][0].columns
-    parts = [fisher(model, FAMILIES["llama"], ids[n : n + 1])[name][0].columns for n in range(3)]
-    torch.testing.assert_close(whole, sum(parts) / 3)
+    whole = fisher(model, FAMILIES["llama"], ids)[name][0].inputs
+    parts = [fisher(model, FAMILIES["llama"], ids[n : n + 1])[name][0] for n in range(3)]
+    torch.testing.assert_close(whole, torch.stack([p.inputs for p in parts if p.inputs is not None]).mean(0))
+
+
+def test_large_inputs_of_tokens_without_gradient_cost_nothing():
+    # Token 9 has a residual stream so large that what a layer adds to it is lost; the change touches its inputs alone.
+    model, name = frozen(), f"{LAYER}mlp.down_proj.weight"
+    model.model.embed_tokens.weight.data[9] *= 300
+    ids = np.array([[7], [9]])
+    seen: list[torch.Tensor] = []
+    linear = model.get_submodule(name.removesuffix(".weight"))
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0][:, 0]))
+    log_probs(model, ids)
+    handle.remove()
+    kept, lost = seen[0]
+    lost = lost - kept * (lost @ kept) / (kept @ kept)
+    weight = model.get_parameter(name).data
+    changed = weight + torch.randn(len(weight), 1, generator=torch.Generator().manual_seed(1)) * lost * 1e-2
+    told = predicted_loss(fisher(model, FAMILIES["llama"], ids.repeat(500, axis=0))[name], weight, changed)
+    true = measured(model, name, changed, ids)
+    assert true / 3 < told < true * 3
 
 
 def test_predictions_order_and_size_what_is_measured():
