@@ -154,7 +154,7 @@ def test_a_file_that_is_there_is_not_replaced(tiny, tmp_path):
     (tmp_path / "link.gguf").symlink_to(tmp_path / "gone")
     for name in ("i.gguf", "link.gguf"):
         with pytest.raises(InputError, match=rf"{name}: is there already"):
-            measure_imatrix(tiny("llama"), tmp_path / name, ImatrixSettings())
+            measure_imatrix(tiny("llama"), tmp_path / name, ImatrixSettings(calibration_tokens=64, row_length=32))
     assert (tmp_path / "i.gguf").read_text() == "mine"
     with pytest.raises(InputError, match="its folder is not there"):
         measure_imatrix(tiny("llama"), tmp_path / "no" / "i.gguf", ImatrixSettings())
