@@ -96,7 +96,7 @@ def main() -> None:
         shutil.rmtree(args.out / name, ignore_errors=True)
     llmlite("import", packaged_gguf(), "-o", args.out / "base", "--reorder", "0")
     for name, target in TARGETS.items():
-        llmlite("quantize", args.out / "base", "--to", target, "-o", args.out / name, "--calibration-tokens", "16384")
+        llmlite("quantize", args.out / "base", "--to", target, "-o", args.out / name, "--calibration-tokens", "8192")
     judge(args.out, args.windows)
     ask(args.out / SERVED, QUESTION)
 
