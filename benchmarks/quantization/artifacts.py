@@ -73,10 +73,8 @@ def make_llmlite(setup: Setup, wanted: Sequence[Artifact]) -> None:
         if artifact not in LLMLITE:
             continue
         command = [sys.executable, "-m", "llmlite.cli", "quantize", str(setup.base), "--to", artifact.target]
-        command += ["--threads", str(setup.threads)]
-        if not artifact.target.startswith("bnb:"):
-            command += ["--calibration", str(rows), "--calibration-tokens", str(setup.tokens)]
-            command += ["--row-length", str(setup.length)]
+        command += ["--threads", str(setup.threads), "--calibration", str(rows)]
+        command += ["--calibration-tokens", str(setup.tokens), "--row-length", str(setup.length)]
         settings = {**setup.origin, "rows": digest(rows), "command": command[4:], "llmlite": _sources()}
 
         def make(out: Path, command: list[str] = command, artifact: Artifact = artifact) -> None:

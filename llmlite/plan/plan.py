@@ -115,7 +115,8 @@ def _solver(target: Target, types: TypeTable, asked: SolverName, rounded: set[st
         return "cast"
     if target.format == "bnb" and (target.type == "int8" or asked == "imatrix"):
         if asked not in ("auto", "rtn"):
-            raise InputError(f"--solver {asked}: {target} is rounded by bitsandbytes itself; rtn or auto is right")
+            right = "rtn or auto" if target.type == "int8" else "rtn, feedback or auto"
+            raise InputError(f"--solver {asked}: bitsandbytes itself rounds {target}; {right} is right")
         return "rtn"
     return "feedback" if asked == "auto" else asked
 

@@ -149,7 +149,7 @@ def _check_solver_options(settings: QuantizeSettings, plan: Plan) -> None:
     for option, given in (("--calibration", settings.calibration), ("--desc-act", settings.desc_act)):
         if given:
             raise InputError(
-                f"{option}: only --solver feedback uses it, and --to {plan.target} is not solved by it here"
+                f"{option}: only --solver feedback and imatrix use it, and --to {plan.target} uses neither here"
             )
 
 

@@ -140,7 +140,7 @@ def test_the_solver_of_the_linear_layers(tmp_path, to, solver, chosen):
     [
         ("gptq:w4g128", "auto", {}, "width of 64 .* group of 64 divides"),
         ("compressed-tensors:w4a16g48", "auto", {}, "width of 64"),
-        ("bnb:int8", "feedback", {}, "rounded by bitsandbytes itself"),
+        ("bnb:int8", "feedback", {}, "bitsandbytes itself rounds"),
         ("gguf:f16", "rtn", {}, "nothing is rounded"),
     ],
 )

@@ -149,8 +149,12 @@ def spoil_nan(directory: Path) -> None:
         (lambda d: None, {"desc_act": True}, "only gptq"),
         (lambda d: None, {"calibration_tokens": 3}, "at least one"),
         (lambda d: None, {"damping": 0.0}, "--damping"),
-        (lambda d: None, {"solver": "rtn", "calibration": ("x.txt",)}, "only --solver feedback uses it"),
-        (lambda d: None, {"to": "gptq:w8", "solver": "rtn", "desc_act": True}, "only --solver feedback uses it"),
+        (lambda d: None, {"solver": "rtn", "calibration": ("x.txt",)}, "only --solver feedback and imatrix use it"),
+        (
+            lambda d: None,
+            {"to": "gptq:w8", "solver": "rtn", "desc_act": True},
+            "only --solver feedback and imatrix use it",
+        ),
         (lambda d: None, {"device": "tpu"}, "--device"),
     ],
 )
