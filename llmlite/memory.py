@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 M_MMAP_THRESHOLD = -3  # malloc.h
@@ -25,6 +26,10 @@ def keep_heap_small() -> None:
 
 
 def give_freed_memory_back() -> None:
-    """Return the free pages of the heap to the system."""
+    """Return to the system the heap's free pages, and what only cycles of references still hold.
+
+    A layer's module is such a cycle: left to the collector's own rhythm, several layers' weights lay about.
+    """
+    gc.collect()
     if libc := _glibc():
         libc.malloc_trim(0)
