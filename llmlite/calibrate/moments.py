@@ -33,6 +33,12 @@ class MomentSums:
             elif rows.any():
                 total.add(x[rows], None if y is None else y[rows], None if r is None else r[rows])
 
+    @property
+    def finite(self) -> bool:
+        """False where an input was infinite or no number (or so large that its square is)."""
+        sums = [self._sum] if self._held is None else [self._sum, self._held]
+        return all(bool(torch.isfinite(part.xxt.diagonal()).all()) for part in sums)
+
     def moments(self) -> Moments:
         """What was summed."""
         held = None if self._held is None else self._held.moments(None)
@@ -42,7 +48,6 @@ class MomentSums:
 class _Sum:
     def __init__(self, width: int, device: str | torch.device):
         self.xxt = torch.zeros(width, width, device=device)
-        self.absmax = torch.zeros(width, device=device)
         self.count = 0
         self.cross: torch.Tensor | None = None
         self.residual: torch.Tensor | None = None
@@ -56,13 +61,12 @@ class _Sum:
             self.cross = _plus(self.cross, y, x)
         if r is not None:
             self.residual = _plus(self.residual, r, x)
-        self.absmax = torch.maximum(self.absmax, x.abs().amax(0))
         self.count += len(x)
 
     def moments(self, held: Moments | None) -> Moments:
         for top in range(0, len(self.xxt), TILE):  # what lies above the diagonal mirrors what lies below
             self.xxt[:top, top : top + TILE] = self.xxt[top : top + TILE, :top].T
-        return Moments(self.xxt, self.absmax, self.count, self.cross, self.residual, held)
+        return Moments(self.xxt, self.count, self.cross, self.residual, held)
 
 
 def _plus(total: torch.Tensor | None, left: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

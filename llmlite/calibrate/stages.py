@@ -17,17 +17,31 @@ class StagedLayer:
 
     `inputs` stops the layer's forward where a stage's linear layers take their input. Where a stage closes its part of
     the layer (the output projection of the attention, the down projection of the feed-forward block), what it takes in
-    is kept on disk, and from then on that part is no longer run: its output is that projection of what was kept. So
-    each linear layer runs about once, however many stages there are. ``scratch`` begins the names of these files.
+    is kept on disk, and from then on that part is no longer run: its output is that projection of what was kept, which
+    takes its place on disk when it is first asked for. So each linear layer runs once, however many stages there are.
+    ``scratch`` begins the names of these files. ``fixed``: no weight of the layer will change, so that output is kept at
+    once.
     """
 
-    def __init__(self, stream: LayerStream, number: int, module: torch.nn.Module, hidden: Activations, scratch: Path):
+    def __init__(
+        self,
+        stream: LayerStream,
+        number: int,
+        module: torch.nn.Module,
+        hidden: Activations,
+        scratch: Path,
+        *,
+        fixed: bool = False,
+    ):
         self.stream, self.number, self.module, self.hidden, self.scratch = stream, number, module, hidden, scratch
+        self.fixed = fixed
         family: Family = stream.checkpoint.family
         self._stages = family.stages
         parts = [stage[0].rpartition(".")[0] for stage in family.stages]
         self._closing = {max(i for i, part in enumerate(parts) if part == name): name for name in dict.fromkeys(parts)}
-        self._kept: dict[int, Activations] = {}
+        self._kept: dict[int, Activations] = {}  # inputs of the closing stages, by stage
+        self._added: dict[int, Activations] = {}  # their outputs, as far as they were asked for
+        self._asked: set[tuple[int, int]] = set()  # stage and first row of what lies in `_added`
         self._now = (0, 0)  # the rows that run: where they start, and how many
 
     def linear(self, stage: int) -> torch.nn.Linear:
@@ -52,11 +66,18 @@ class StagedLayer:
         finally:
             handle.remove()
         if stage in self._closing:
-            if start == 0:
-                shape = (*self.hidden.shape[:2], taken.shape[-1])
-                self._kept[stage] = Activations(self.scratch.with_name(f"{self.scratch.name}-{stage}"), shape)
-            self._kept[stage].write(start, taken)
+            if self.fixed:
+                self._keep(self._added, stage, start, self.linear(stage)(taken))
+                self._asked.add((stage, start))
+            else:
+                self._keep(self._kept, stage, start, taken)
         return taken
+
+    def _keep(self, files: dict[int, Activations], stage: int, start: int, rows: torch.Tensor) -> None:
+        if stage not in files:
+            name = f"{self.scratch.name}-{stage}{'-out' if files is self._added else ''}"
+            files[stage] = Activations(self.scratch.with_name(name), (*self.hidden.shape[:2], rows.shape[-1]))
+        files[stage].write(start, rows)
 
     @torch.no_grad()
     def residual(self, stage: int, start: int, batch: int) -> torch.Tensor | None:
@@ -68,7 +89,7 @@ class StagedLayer:
             return None
         stream = self.hidden.read(start, batch).to(self.stream.device, self.stream.dtype)
         for earlier in (closing for closing in self._closing if closing < stage):
-            stream += self.linear(earlier)(self._kept_rows(earlier, start, batch))
+            stream += self._output(earlier, start, batch)
         return stream
 
     @torch.no_grad()
@@ -80,10 +101,13 @@ class StagedLayer:
 
     def close(self) -> None:
         """Let the layer's parts run again, and remove what was kept."""
-        for stage, kept in self._kept.items():
-            self.module.get_submodule(self._closing[stage]).__dict__.pop("forward", None)
-            kept.remove()
-        self._kept.clear()
+        for part in self._closing.values():
+            self.module.get_submodule(part).__dict__.pop("forward", None)
+        for files in (self._kept, self._added):
+            for kept in files.values():
+                kept.remove()
+            files.clear()
+        self._asked.clear()
 
     def _forward(self, start: int, batch: int) -> torch.Tensor:
         self._now = (start, batch)
@@ -96,16 +120,23 @@ class StagedLayer:
                 module.forward = self._from_kept(closing, part)  # type: ignore[method-assign]
 
     def _from_kept(self, stage: int, part: str) -> Callable[..., Any]:
-        linear = self.linear(stage)
-
         def forward(*_args: Any, **_kwargs: Any) -> Any:
-            out = linear(self._kept_rows(stage, *self._now))
+            out = self._output(stage, *self._now)
             return (out, None) if part == "self_attn" else out  # attention also returns its weights
 
         return forward
 
-    def _kept_rows(self, stage: int, start: int, batch: int) -> torch.Tensor:
-        return self._kept[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
+    def _output(self, stage: int, start: int, batch: int) -> torch.Tensor:
+        """What a closing stage gives for rows from ``start``: computed once, unless it is asked for once only."""
+        if (stage, start) in self._asked:
+            return self._added[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
+        out: torch.Tensor = self.linear(stage)(
+            self._kept[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
+        )
+        if stage + 1 < len(self._stages):
+            self._keep(self._added, stage, start, out)
+            self._asked.add((stage, start))
+        return out
 
 
 def _stop(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

@@ -111,4 +111,4 @@ def in_order(moments: Moments, order: torch.Tensor) -> Moments:
     cross = None if moments.cross is None else turn(moments.cross)
     residual = None if moments.residual is None else moments.residual[:, order]
     held = None if moments.held is None else in_order(moments.held, order)
-    return Moments(turn(moments.xxt), moments.absmax[order], moments.count, cross, residual, held)
+    return Moments(turn(moments.xxt), moments.count, cross, residual, held)

@@ -84,8 +84,7 @@ class Grid:
 class Moments:
     """Second moments of a linear layer's inputs over the calibration tokens.
 
-    ``xxt``: sum over tokens of x xT, float32 [in, in]; ``absmax``: largest magnitude per channel,
-    float32 [in]; ``count``: tokens summed.
+    ``xxt``: sum over tokens of x xT, float32 [in, in]; ``count``: tokens summed.
     ``cross``: sum of y xT, float32 [in, in], where y is the input that the unquantized network has in x's place; None
     where the inputs are the unquantized network's own.
     ``residual``: sum of r xT, float32 [out, in], where r is what the unquantized network's residual stream has more at
@@ -94,7 +93,6 @@ class Moments:
     """
 
     xxt: torch.Tensor
-    absmax: torch.Tensor
     count: int
     cross: torch.Tensor | None = None
     residual: torch.Tensor | None = None

@@ -28,7 +28,7 @@ from llmlite.quantize.types import Grid, Moments, Rounded
 from llmlite.run.journal import Journal
 from llmlite.run.sinks import Sink
 
-BATCH_TOKENS = 2048
+BATCH_TOKENS = 512
 PHASES = ("capture", "moments", "solving", "writing")  # what `Job.seconds` tells apart
 
 
@@ -150,7 +150,8 @@ class Job:
                     for name in hidden:
                         module = stack.enter_context(stream.layer(number, copy=name == "original"))
                         scratch = self._file(name, number)
-                        staged[name] = StagedLayer(stream, number, module, hidden[name], scratch)
+                        fixed = name == "original"
+                        staged[name] = StagedLayer(stream, number, module, hidden[name], scratch, fixed=fixed)
                         stack.callback(staged[name].close)
                 self._layer(number, layers[number], staged, batch)
                 last = number + 1 == len(layers)
@@ -218,14 +219,14 @@ class Job:
                 if ideal is not None:
                     y = ideal.inputs(stage, start, batch)
                     r = _lost(ideal.residual(stage, start, batch), now.residual(stage, start, batch))
-            if not torch.isfinite(x).all():
-                name = self.checkpoint.family.stages[stage][0]
-                raise InputError(
-                    f"{self.checkpoint.source}: the inputs of {LAYER}{now.number}.{name} are not all finite on the "
-                    "calibration text; weights with which the model computes in float32 are right"
-                )
             with self._timed("moments"):
                 sums.add(start, x, y, r)
+        if not sums.finite:
+            name = self.checkpoint.family.stages[stage][0]
+            raise InputError(
+                f"{self.checkpoint.source}: the inputs of {LAYER}{now.number}.{name} are not all finite on the "
+                "calibration text; weights with which the model computes in float32 are right"
+            )
         with self._timed("moments"):
             return sums.moments()
 

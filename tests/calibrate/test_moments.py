@@ -30,7 +30,6 @@ def test_sums_over_batches_are_the_dense_products(width: int, batch: int, given:
     held = torch.tensor([row in (7, 15) for row in range(rows)])
     kept = x[~held].reshape(-1, width).double()
     close(got.xxt, kept.T @ kept)
-    assert torch.equal(got.absmax.double(), kept.abs().amax(0))
     assert got.count == 18 * LENGTH
     judge = x[held].reshape(-1, width).double()
     close(got.held.xxt, judge.T @ judge)

@@ -76,7 +76,7 @@ def run(tmp_path, family: str, ids: np.ndarray, change: bool) -> None:
         where = f"layers.{number}"
         with stream.layer(number) as module, stream.layer(number, copy=True) as copy:
             now = StagedLayer(stream, number, module, hidden["now"], scratch / "a")
-            other = StagedLayer(stream, number, copy, hidden["copy"], scratch / "b")
+            other = StagedLayer(stream, number, copy, hidden["copy"], scratch / "b", fixed=True)
             for stage, names in enumerate(checkpoint.family.stages):
                 want = watched(model, ids)  # with all that was changed before this stage
                 x, y = all_inputs(now, stage), all_inputs(other, stage)

@@ -54,7 +54,7 @@ def moments_of(x: torch.Tensor, y: torch.Tensor | None = None, held: torch.Tenso
     """The moments of inputs [tokens, width], of the unquantized network's ``y`` beside them, and of tokens held out."""
     cross = None if y is None else y.T @ x
     judge = None if held is None else moments_of(held)
-    return Moments(x.T @ x, x.abs().amax(0), len(x), cross, held=judge)
+    return Moments(x.T @ x, len(x), cross, held=judge)
 
 
 def matrix_of(width: int, tokens: int, seed: int = 0) -> torch.Tensor:

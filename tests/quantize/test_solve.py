@@ -76,7 +76,7 @@ def test_dead_channels_and_dead_layers(name: str):
     alive[dead] = 0
     half = replace(moments, xxt=moments.xxt * alive * alive[:, None])
     half = replace(half, held=replace(moments.held, xxt=moments.held.xxt * alive * alive[:, None]))
-    none = Moments(torch.zeros(WIDTH, WIDTH), torch.zeros(WIDTH), 800)
+    none = Moments(torch.zeros(WIDTH, WIDTH), 800)
     seen = solve(weight, half, grid).dequantize()
     assert torch.isfinite(seen).all()
     assert (seen - weight)[:, dead].square().sum() < 0.4 * weight[:, dead].square().sum()

@@ -23,7 +23,7 @@ def drifted(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def moments_of(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None, held: Moments | None = None) -> Moments:
     residual = None if r is None else r.T @ x
-    return Moments(x.T @ x, x.abs().amax(0), len(x), y.T @ x, residual, held)
+    return Moments(x.T @ x, len(x), y.T @ x, residual, held)
 
 
 def split(x: torch.Tensor, y: torch.Tensor, r: torch.Tensor | None) -> Moments:
