@@ -19,8 +19,8 @@ class StagedLayer:
     the layer (the output projection of the attention, the down projection of the feed-forward block), what it takes in
     is kept on disk, and from then on that part is no longer run: its output is that projection of what was kept, which
     takes its place on disk when it is first asked for. So each linear layer runs once, however many stages there are.
-    ``scratch`` begins the names of these files. ``fixed``: no weight of the layer will change, so that output is kept at
-    once.
+    ``scratch`` begins the names of these files. ``fixed``: no weight of the layer will change, so that output is
+    kept at once.
     """
 
     def __init__(

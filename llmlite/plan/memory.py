@@ -71,10 +71,14 @@ def _stage(shapes: list[tuple[int, ...]], running: int, networks: int) -> int:
 def scratch_space(checkpoint: Checkpoint, plan: Plan, tokens: int, networks: int) -> int:
     """Bytes of activations on the disk at the peak, for ``tokens`` of calibration text.
 
-    Each network has the inputs and the outputs of a decoder layer, and what the linear layers take in that close the
-    layer's parts (the output projection of the attention, the down projection).
+    Each network has the inputs and the outputs of a decoder layer, and what each part of the layer (attention,
+    feed-forward) adds to the residual stream; of the last part the network being rounded keeps the inputs of the
+    linear layer that closes it instead, and of the others these beside it.
     """
     shapes = {row.module.split(".", 3)[3]: row.shape for row in plan.rows if row.name.startswith(f"{LAYER}0.")}
     stages = checkpoint.family.stages
     closing = {stage[0].rpartition(".")[0]: shapes[stage[0]][1] for stage in stages}  # the last of each part stays
-    return networks * tokens * (2 * checkpoint.config["hidden_size"] + sum(closing.values())) * FLOAT
+    hidden = checkpoint.config["hidden_size"]
+    rounded = (1 + len(closing)) * hidden + sum(closing.values())
+    original = (2 + len(closing)) * hidden
+    return tokens * (rounded + (networks - 1) * original) * FLOAT

@@ -6,23 +6,12 @@ import torch
 
 from llmlite.quantize.types import Grid, Ranges, values_of
 
-SHRINK = (
-    1.0,
-    1.1,
-    1.05,
-    0.96,
-    0.92,
-    0.88,
-    0.84,
-    0.8,
-    0.76,
-    0.72,
-    0.68,
-    0.63,
-    0.58,
-    0.52,
-)  # shares of the full range, of 16 levels
-ANCHORS = (0.5, 0.0, 1.0)  # where a range with a minimum stays as it shrinks: its middle, its low end, its high end
+# Shares of the full range that are tried of 16 levels or fewer. Finer grids try those between too, all closer to 1.
+SHRINK = (1.0, 1.1, 1.05, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68, 0.63, 0.58, 0.52)
+BETWEEN = (1.075, 1.03, 0.98, 0.94, 0.9, 0.86, 0.82)
+# Where a range with a minimum stays as it shrinks: its middle, its low end, its high end. On a symmetric grid whose
+# codes reach farther on one side the first puts the extreme weight there, and the last on the shorter side.
+ANCHORS = (0.5, 0.0, 1.0)
 REFINEMENTS = 2  # rounds in which a super-block's whole-number scales and its own scales are chosen again
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]  # scales and offsets
@@ -55,9 +44,10 @@ def _search(groups: torch.Tensor, share: torch.Tensor, grid: Grid) -> Pair:
     low, high = groups.amin(-1), groups.amax(-1)
     kept = _from_range(low, high, 1.0, grid)
     best = _weighted_error(groups, codes_of(groups, kept[0][..., None], _column(kept[1]), grid), *kept, share, grid)
-    for anchor in ANCHORS if grid.zero == "minimum" else ANCHORS[:1]:
-        for share_of_16 in SHRINK if anchor == ANCHORS[0] else SHRINK[3::2]:
-            shrink = 1 - (1 - share_of_16) * min(1, 16 / grid.levels)  # a few steps, however fine they are
+    shares = SHRINK if grid.levels <= 16 else SHRINK + BETWEEN
+    for anchor in _anchors(grid):
+        for share_of_16 in shares if anchor == ANCHORS[0] else shares[3::2]:
+            shrink = 1 - (1 - share_of_16) * min(1, (16 / grid.levels) ** 0.5)
             start = _from_range(low, high, shrink, grid, anchor)
             codes = codes_of(groups, start[0][..., None], _column(start[1]), grid)
             scale, offset = least_squares(groups, codes, share, start, grid)
@@ -67,6 +57,22 @@ def _search(groups: torch.Tensor, share: torch.Tensor, grid: Grid) -> Pair:
             best = torch.where(better, error, best)
             kept = _choose(better, (scale, offset), kept)
     return kept
+
+
+def _anchors(grid: Grid) -> tuple[float, ...]:
+    """Those of `ANCHORS` that differ on this grid."""
+    if grid.zero == "minimum":
+        return ANCHORS
+    if grid.codebook is not None:
+        lopsided = grid.codebook[0] != -grid.codebook[-1]
+    else:
+        lopsided = grid.zero == "symmetric" and _signed(grid)
+    return (ANCHORS[0], ANCHORS[-1]) if lopsided else ANCHORS[:1]
+
+
+def _signed(grid: Grid) -> bool:
+    """Scales may be negative, so that either end of the codes can be the extreme weight's."""
+    return grid.scale_rule == "signed" or (grid.super_block is not None and grid.super_block.signed)
 
 
 def _from_range(low: torch.Tensor, high: torch.Tensor, shrink: float, grid: Grid, anchor: float = 0.5) -> Pair:
@@ -86,9 +92,10 @@ def _from_range(low: torch.Tensor, high: torch.Tensor, shrink: float, grid: Grid
         first, last = grid.codebook[0], grid.codebook[-1]
         if first == -last:  # the same on both sides: scales are magnitudes
             return stored(extreme.abs() * shrink / last, grid), None
-        return stored(extreme * shrink / (first if -first > last else last), grid), None
-    if grid.scale_rule == "signed" or grid.super_block is not None:
-        return stored(extreme * shrink / -(grid.levels // 2), grid), None
+        return stored(extreme * shrink / (first if (-first > last) == (anchor < 1) else last), grid), None
+    if _signed(grid):
+        end = grid.levels // 2 - 1 if anchor == 1 else -(grid.levels // 2)
+        return stored(extreme * shrink / end, grid), None
     divisor = steps / 2 if grid.scale_rule == "half" else grid.levels // 2 - 1
     return stored(extreme.abs() * shrink / divisor, grid), None
 

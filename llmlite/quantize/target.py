@@ -47,7 +47,7 @@ def corrected(weight: torch.Tensor, moments: Moments, matrix: torch.Tensor, shar
 
 
 class _Judge:
-    """How much the best shares, each from 0 to 1, of the ways pull * inverse lower the squared error on held-out tokens.
+    """How much the best shares, 0 to 1, of the ways pull * inverse lower the squared error on held-out tokens.
 
     ``pulls`` and ``goal`` float32 [out, in], ``xxt`` float32 [in, in] the held-out moments, all in the same basis.
     tr(A D X D BT) of a diagonal D is a sum over X * (AT B), which no ridge changes: that is computed once.
@@ -59,7 +59,9 @@ class _Judge:
 
     def __call__(self, inverse: torch.Tensor) -> tuple[float, list[float]]:
         """The gain with the ridge that ``inverse`` float32 [in] has in it, and the shares."""
-        square = torch.tensor([[float(inverse @ (p @ inverse)) for p in row] for row in self._pairs], dtype=torch.float64)
+        square = torch.tensor(
+            [[float(inverse @ (p @ inverse)) for p in row] for row in self._pairs], dtype=torch.float64
+        )
         match = torch.tensor([float(goal @ inverse) for goal in self._goals], dtype=torch.float64)
         tiny = 1e-6 * square.diagonal().mean() + torch.finfo(torch.float64).tiny
         shares = torch.linalg.solve(square + tiny * torch.eye(len(match), dtype=torch.float64), match).clamp(0, 1)

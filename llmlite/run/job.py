@@ -8,10 +8,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 
-from llmlite.calibrate.moments import MomentSums
+from llmlite.calibrate.moments import HELD_EVERY, MomentSums
 from llmlite.calibrate.rows import Rows
 from llmlite.calibrate.stages import StagedLayer
 from llmlite.calibrate.stream import Activations, LayerStream
@@ -85,6 +87,40 @@ class Job:
             self._whole(row)
         return self.errors
 
+    def estimate(self, rows: Rows) -> float:
+        """Seconds that the layers still to do will take, from one of them run on two batches; nothing is written.
+
+        The second batch is what counts, the first warms up. Loading and solving take as long as they will.
+        """
+        done, batch, stream = self.journal.layers, self._batch(rows), self._stream()
+        layer = self._parts()[1][done]
+        few = rows.ids[np.arange(2 * batch) % len(rows.ids)]
+        once, each = _Clock(self.work.device), _Clock(self.work.device)
+        with ExitStack() as stack:
+            hidden = {}
+            for name in self._networks:
+                hidden[name] = stream.embed(few, self.work.scratch / f".estimate-{name}", batch)
+                stack.callback(hidden[name].remove)
+            with once:
+                staged = self._staged(stream, done, hidden, stack)
+            for stage, linears in enumerate(self._stages(done, layer)):
+                sums = MomentSums(staged["rounded"].linear(stage).in_features, HELD_EVERY, self.work.device)
+                sums.add(0, *self._inputs(stage, staged, 0, batch))
+                with each:
+                    sums.add(HELD_EVERY - 1, *self._inputs(stage, staged, batch, batch))
+                moments = sums.moments()
+                for alike in self._alike(linears):
+                    grid = self.sink.grid(alike[0])
+                    assert grid is not None
+                    with once:
+                        self._solve(alike, moments, grid)
+            for name, part in staged.items():
+                hidden[name].write(0, part.outputs(0, batch))
+                with each:
+                    hidden[name].write(batch, part.outputs(batch, batch))
+        give_freed_memory_back()
+        return (self.checkpoint.num_layers - done) * (once.seconds + each.seconds * len(rows.ids) / batch)
+
     def _parts(self) -> tuple[list[PlanRow], list[list[PlanRow]], list[PlanRow]]:
         layers: list[list[PlanRow]] = [[] for _ in range(self.checkpoint.num_layers)]
         before: list[PlanRow] = []
@@ -140,19 +176,12 @@ class Job:
 
     def _calibrated(self, layers: list[list[PlanRow]], rows: Rows) -> None:
         """Layer by layer, stage by stage, with what the layers rounded so far give."""
-        stream = LayerStream(self.checkpoint, self.work.device, self.work.dtype)
-        batch = max(BATCH_TOKENS // rows.ids.shape[1], 1)
+        stream, batch = self._stream(), self._batch(rows)
         hidden = self._first_inputs(stream, rows, batch)
         for number in track(range(self.journal.layers, len(layers)), "layers"):
             with ExitStack() as stack:
-                staged = {}
                 with self._timed("capture"):
-                    for name in hidden:
-                        module = stack.enter_context(stream.layer(number, copy=name == "original"))
-                        scratch = self._file(name, number)
-                        fixed = name == "original"
-                        staged[name] = StagedLayer(stream, number, module, hidden[name], scratch, fixed=fixed)
-                        stack.callback(staged[name].close)
+                    staged = self._staged(stream, number, hidden, stack)
                 self._layer(number, layers[number], staged, batch)
                 last = number + 1 == len(layers)
                 outputs = {} if last else {name: self._outputs(name, layer, batch) for name, layer in staged.items()}
@@ -162,12 +191,34 @@ class Job:
             hidden = outputs
             give_freed_memory_back()
 
+    def _stream(self) -> LayerStream:
+        return LayerStream(self.checkpoint, self.work.device, self.work.dtype)
+
+    @staticmethod
+    def _batch(rows: Rows) -> int:
+        """How many rows of the calibration text run at once."""
+        return max(BATCH_TOKENS // rows.ids.shape[1], 1)
+
+    @property
+    def _networks(self) -> tuple[str, ...]:
+        return ("original", "rounded") if self.work.drift else ("rounded",)  # a copy is made before weights are loaded
+
+    def _staged(
+        self, stream: LayerStream, number: int, hidden: dict[str, Activations], stack: ExitStack
+    ) -> dict[str, StagedLayer]:
+        """Layer ``number`` of each network, its weights loaded until ``stack`` closes."""
+        staged = {}
+        for name, activations in hidden.items():
+            fixed = name == "original"
+            module = stack.enter_context(stream.layer(number, copy=fixed))
+            scratch = self._file(name, number)
+            staged[name] = StagedLayer(stream, number, module, activations, scratch, fixed=fixed)
+            stack.callback(staged[name].close)
+        return staged
+
     def _first_inputs(self, stream: LayerStream, rows: Rows, batch: int) -> dict[str, Activations]:
         """What the first layer to do takes in, in the rounded network and, to see the drift, in the original one."""
-        networks = (
-            ["original", "rounded"] if self.work.drift else ["rounded"]
-        )  # a copy is made before weights are loaded
-        done = self.journal.layers
+        networks, done = self._networks, self.journal.layers
         with self._timed("capture"):
             if done == 0:
                 return {name: stream.embed(rows.ids, self._file(name, 0), batch) for name in networks}
@@ -193,34 +244,32 @@ class Job:
 
     def _layer(self, number: int, layer: list[PlanRow], staged: dict[str, StagedLayer], batch: int) -> None:
         """Round one layer's linear layers, stage by stage, and write all its rows."""
-        family = self.checkpoint.family
-        linears: dict[str, PlanRow] = {}
+        stages = self._stages(number, layer)
+        calibrated = set(chain(*stages))
         for row in layer:
-            name = row.module.removeprefix(f"{LAYER}{number}.")
-            if name in family.linears and row.solver in CALIBRATED:
-                linears[name] = row
-            else:
+            if row not in calibrated:
                 self._whole(row)
-        for stage, names in enumerate(family.stages):
+        for stage, linears in enumerate(stages):
             moments = self._moments(stage, staged, batch)
-            for rows in self._alike([linears[name] for name in names if name in linears]):
+            for rows in self._alike(linears):
                 self._round(rows, moments, staged["rounded"].module)
             del moments  # before the next stage's are laid out
 
+    def _stages(self, number: int, layer: list[PlanRow]) -> list[list[PlanRow]]:
+        """The rows of a layer that are rounded with its activations, stage by stage."""
+        named = {row.module.removeprefix(f"{LAYER}{number}."): row for row in layer if row.solver in CALIBRATED}
+        return [[named[name] for name in names if name in named] for names in self.checkpoint.family.stages]
+
     def _moments(self, stage: int, staged: dict[str, StagedLayer], batch: int) -> Moments:
         """The moments of a stage's inputs; every stage is run, since the layer's outputs need what it keeps."""
-        now, ideal = staged["rounded"], staged.get("original")
+        now = staged["rounded"]
         rows = now.hidden.shape[0]
         sums = MomentSums(now.linear(stage).in_features, rows, self.work.device)
         for start in range(0, rows, batch):
             with self._timed("capture"):
-                x = now.inputs(stage, start, batch)
-                y, r = None, None
-                if ideal is not None:
-                    y = ideal.inputs(stage, start, batch)
-                    r = _lost(ideal.residual(stage, start, batch), now.residual(stage, start, batch))
+                inputs = self._inputs(stage, staged, start, batch)
             with self._timed("moments"):
-                sums.add(start, x, y, r)
+                sums.add(start, *inputs)
         if not sums.finite:
             name = self.checkpoint.family.stages[stage][0]
             raise InputError(
@@ -229,6 +278,15 @@ class Job:
             )
         with self._timed("moments"):
             return sums.moments()
+
+    def _inputs(self, stage: int, staged: dict[str, StagedLayer], start: int, batch: int) -> tuple[Any, Any, Any]:
+        """What `MomentSums.add` takes, for rows from ``start``."""
+        now, ideal = staged["rounded"], staged.get("original")
+        x = now.inputs(stage, start, batch)
+        if ideal is None:
+            return x, None, None
+        y = ideal.inputs(stage, start, batch)
+        return x, y, _lost(ideal.residual(stage, start, batch), now.residual(stage, start, batch))
 
     def _alike(self, rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
         """Rows of one stage that can be solved as one weight: the same grid, and no scales that span a tensor."""
@@ -246,8 +304,7 @@ class Job:
         grid = self.sink.grid(rows[0])
         assert grid is not None
         with self._timed("solving"):
-            weight = torch.cat([self._read(row).to(self.work.device).float() for row in rows])
-            solved = self._solve(rows[0], weight, moments, grid)
+            solved = self._solve(rows, moments, grid)
         done = 0
         for row in rows:
             part = solved.map(lambda t, a=done, b=done + row.shape[0]: t[a:b])  # type: ignore[misc]
@@ -256,7 +313,10 @@ class Job:
             linear = layer.get_submodule(row.module.removeprefix(LAYER).partition(".")[2])
             linear.weight.data.copy_(part.dequantize())  # type: ignore[union-attr,operator]
 
-    def _solve(self, row: PlanRow, weight: torch.Tensor, moments: Moments, grid: Grid) -> Rounded:
+    def _solve(self, rows: list[PlanRow], moments: Moments, grid: Grid) -> Rounded:
+        """The rows' weights, one upon the other, rounded."""
+        row = rows[0]
+        weight = torch.cat([self._read(row).to(self.work.device).float() for row in rows])
         if row.solver == "imatrix":
             importance = moments.xxt.diagonal()
             return round_to_nearest(weight, moments.held or moments, grid, importance)
@@ -264,6 +324,25 @@ class Job:
             return solve(weight, moments, grid, self.work.solver, self.sink.snap(row))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{self.checkpoint.source}: {row.name} can't be rounded: {first_line(error)}") from None
+
+
+class _Clock:
+    """Adds up the seconds spent in its blocks."""
+
+    def __init__(self, device: str):
+        self.device, self.seconds = device, 0.0
+
+    def __enter__(self) -> None:
+        self._wait()
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds += time.perf_counter() - self._started
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
 
 
 def _lost(whole: torch.Tensor | None, now: torch.Tensor | None) -> torch.Tensor | None:

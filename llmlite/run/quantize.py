@@ -117,7 +117,10 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
                 console.print(f"note: {note}", style="yellow", markup=False)
             job = Job(checkpoint, plan, sink, _work(settings, device, directory, networks > 1, importance), journal)
             try:
-                errors = job.run(rows if plan.calibrated and not settings.imatrix else None)
+                calibration = rows if plan.calibrated and not settings.imatrix else None
+                if calibration is not None and journal.layers < checkpoint.num_layers:
+                    console.print(f"time: about {_spoken(job.estimate(calibration))} for the layers", style="dim")
+                errors = job.run(calibration)
                 sink.close()
             finally:
                 sink.abandon()
@@ -236,6 +239,13 @@ def _tell_memory(checkpoint: Checkpoint, plan: Plan, networks: int) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         console.print(f"warning: the machine has {free / 2**20:,.0f} MiB of memory free", style="yellow")
+
+
+def _spoken(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _manifest(checkpoint: Checkpoint, done: Quantized, rows: Rows | None, settings: QuantizeSettings) -> dict:
