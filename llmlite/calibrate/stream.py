@@ -41,15 +41,15 @@ class Activations:
     def read(self, start: int, count: int) -> torch.Tensor:
         """``count`` rows from ``start``."""
         count = min(count, self.shape[0] - start)
-        out = np.empty((count, *self.shape[1:]), dtype=np.float32)
+        out = torch.empty((count, *self.shape[1:]))  # aligned alike in every run, so that sums round alike
         self._handle.seek(start * self._row_bytes)
-        view = out.data.cast("B")
+        view = out.numpy().data.cast("B")
         done = 0
         while done < len(view):
             got = self._handle.readinto(view[done:])
             assert got, f"{self.file} is shorter than the activations it should hold"
             done += got
-        return torch.from_numpy(out)
+        return out
 
     def flush(self) -> None:
         """What is written so far is on the disk when this returns."""

@@ -326,6 +326,10 @@ class Job:
             raise InputError(f"{self.checkpoint.source}: {row.name} can't be rounded: {first_line(error)}") from None
 
 
+def _now() -> float:
+    return time.perf_counter()
+
+
 class _Clock:
     """Adds up the seconds spent in its blocks."""
 
@@ -334,11 +338,11 @@ class _Clock:
 
     def __enter__(self) -> None:
         self._wait()
-        self._started = time.perf_counter()
+        self._started = _now()
 
     def __exit__(self, *_: object) -> None:
         self._wait()
-        self.seconds += time.perf_counter() - self._started
+        self.seconds += _now() - self._started
 
     def _wait(self) -> None:
         if self.device == "cuda":

@@ -1,7 +1,9 @@
 import hashlib
+import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -15,6 +17,7 @@ import torch
 
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.errors import InputError
+from llmlite.run import job
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.tiny import FAMILIES, edit_config, save_tiny, tiny_model
 
@@ -321,3 +324,25 @@ def test_an_interrupt_cleans_up(tmp_path):
     run.send_signal(signal.SIGINT)
     assert run.wait(60) == 130
     assert os.listdir(tmp_path) == ["base"]
+
+
+def test_the_time_that_is_told_before_work_grows_with_layers_and_calibration_text(tmp_path, capsys):
+    """On a clock that ticks once whenever it is read: each timed block takes one second."""
+
+    def told(layers: int, tokens: int) -> float:
+        base = save_tiny(tmp_path / f"base{layers}-{tokens}", num_hidden_layers=layers)
+        out = tmp_path / f"out{layers}-{tokens}"
+        settings = QuantizeSettings("compressed-tensors:w4a16g32", calibration_tokens=tokens, row_length=64, sweeps=1)
+        with pytest.MonkeyPatch.context() as patch:
+            ticks = itertools.count()
+            patch.setattr(job, "_now", lambda: float(next(ticks)))
+            quantize(base, out, settings)
+        assert not [file for file in out.iterdir() if file.name.startswith(".")]
+        err = capsys.readouterr().err
+        said = re.search(r"time: about (\d+) seconds for the layers", err)
+        assert said, err
+        return float(said[1])
+
+    # In each layer one load and four solutions, and for each batch four stages and two networks' outputs.
+    assert told(2, 2048) == 2 * (1 + 4 + 6 * 2048 / job.BATCH_TOKENS)
+    assert told(1, 4096) == 1 + 4 + 6 * 4096 / job.BATCH_TOKENS
