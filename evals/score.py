@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class Score:
 
     def to_json(self) -> dict:
         """Plain data; without a base there is no key for the divergence."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return {key: _plain(value) for key, value in asdict(self).items() if value is not None}
 
     @classmethod
     def from_json(cls, data: dict) -> Score:
@@ -50,6 +51,13 @@ class Score:
             apart["by_window"] = tuple(apart["by_window"])
             apart["worst"] = tuple(Suffered(**token) for token in apart["worst"])
         return cls(data["sha256"], Perplexity(**measured), Divergence(**apart) if apart is not None else None)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists: what a JSON file gives back."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def score(engine: Engine, base: Base | None, text: Text, windows: Windows) -> Score:
