@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -276,6 +277,34 @@ def test_names_of_control_tokens_in_a_text_stay_text(llama3):
 def test_a_text_shorter_than_a_window_is_refused(llama3):
     with pytest.raises(InputError, match=r"has 9 tokens, and protocol llama.cpp needs 512 for a window"):
         score(open_engine(llama3), None, Text("short", "the quick brown"), Windows(HALF))
+
+
+def test_memory_does_not_grow_with_vocabulary_times_text():
+    """However long the text, the rows of one chunk of each model are alive, and the next ones being made."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    class Stub:
+        name, vocab_size, known_tokens, bos = "stub", 300, 300, None
+
+        def tokenize(self, text):
+            return np.arange(5000) % 300
+
+        def decode(self, tokens):
+            return str(tokens)
+
+        def log_probs(self, tokens, first):
+            nonlocal most
+            for start in range(first, len(tokens), ROWS):
+                rows = torch.log_softmax(torch.randn(min(ROWS, len(tokens) - start), 300), dim=-1)
+                alive.add(rows)
+                most = max(most, len(alive))
+                yield start, rows
+                del rows
+
+    found = score(Stub(), SideBySide(Stub()), WORDS, Windows(PAPER, window=1000))
+    assert found.perplexity.tokens == 5 * 999
+    assert most <= 4, "chunks of earlier positions are still held"
 
 
 def test_predictions_that_are_not_numbers_are_refused(llama3, tmp_path):
