@@ -18,12 +18,11 @@ from llmlite.errors import InputError, OutsideError
 from llmlite.evals import base as base_module
 from llmlite.evals.base import LazyBase, SideBySide, facts_of, loaded_memory
 from llmlite.evals.digests import digest_of
-from llmlite.evals.divergence import compare_rows
+from llmlite.evals.divergence import common_vocabulary
 from llmlite.evals.engines import open_engine
-from llmlite.evals.kept import BODY, FACTS, Facts, Store, decode, encode
+from llmlite.evals.kept import BODY, FACTS, Facts, Store
 from llmlite.evals.locate import find
 from llmlite.evals.perplexity import PROTOCOLS, Window, Windows
-from llmlite.evals.rows import best_token, log_softmax
 from llmlite.evals.score import score
 from llmlite.evals.texts import Text
 from tests import gguf_models
@@ -53,11 +52,6 @@ def noisy(llama3, tmp_path_factory):
     return out
 
 
-def random_rows(rows, vocab, spread=5.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.log_softmax(torch.randn(rows, vocab, generator=generator).double() * spread, dim=-1).float()
-
-
 @contextmanager
 def must_not_load(monkeypatch):
     def refuse(*_, **__):
@@ -67,60 +61,6 @@ def must_not_load(monkeypatch):
         for name in ("TransformersEngine", "LlamaCppEngine", "StreamedModel"):
             patch.setattr(base_module, name, refuse)
         yield
-
-
-# what the codes cost
-
-
-@pytest.mark.parametrize("target", [1e-4, 1e-3, 1e-1])
-def test_codes_change_a_mean_kl_by_less_than_a_tenth_of_a_percent_and_a_position_by_one(target):
-    p = random_rows(64, 49_152)
-    noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-    q = log_softmax(p + noise * math.sqrt(2 * target))
-    back = decode(*encode(p))
-
-    def kl(base):
-        return compare_rows(base, q, torch.zeros(len(q), dtype=torch.int64), q.shape[-1]).kl
-
-    exact = (p.double().exp() * (p.double() - q.double())).sum(-1).numpy()
-    assert exact.mean() == pytest.approx(target, rel=0.5), "the test must be about this divergence"
-    assert kl(back).mean() == pytest.approx(exact.mean(), rel=1e-3, abs=1e-7)
-    assert np.abs(kl(back) - exact).max() < 0.01 * target + 1e-6
-    assert kl(p) == pytest.approx(exact, rel=1e-3, abs=1e-6)
-
-
-def test_codes_add_less_than_1e_6_to_two_equal_models_and_keep_the_best_token():
-    p = random_rows(64, 49_152)
-    back = decode(*encode(p))
-    floor = (p.double().exp() * (p.double() - back.double())).sum(-1)
-    assert float(floor.abs().max()) < 1e-6
-    assert torch.equal(back.argmax(-1), p.argmax(-1))
-    torch.testing.assert_close(back.exp().sum(-1), torch.ones(64), rtol=0, atol=1e-5)
-    likely = p > math.log(0.01)
-    assert float((back - p)[likely].abs().max()) < 3e-4
-
-
-def test_codes_of_certain_and_of_impossible_tokens_stay_finite():
-    rows = torch.full((2, 8), -math.inf)
-    rows[0, 3] = 0.0
-    rows[1, :4] = math.log(0.25)
-    back = decode(*encode(rows))
-    assert torch.isfinite(back).all()
-    torch.testing.assert_close(back.exp(), rows.exp(), rtol=1e-5, atol=1e-12)
-    flat = torch.full((1, 8), math.log(1 / 8))
-    torch.testing.assert_close(decode(*encode(flat)), flat)
-
-
-@pytest.mark.parametrize("vocab", [8, 256, 400, 49_152])
-def test_rows_are_normalized_and_their_best_token_found(vocab):
-    logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(2)) * 5
-    logits[3, vocab - 1] = logits[4, 0] = logits[4, 5] = 60.0
-    rows = log_softmax(logits)
-    assert float(rows.double().exp().sum(-1).log().abs().max()) < 2e-6
-    torch.testing.assert_close(rows, torch.log_softmax(logits.double(), -1).float(), rtol=1e-6, atol=2e-6)
-    value, token = best_token(rows)
-    assert torch.equal(token, rows.argmax(-1))
-    assert torch.equal(value, rows.amax(-1))
 
 
 # the store
@@ -346,6 +286,24 @@ def test_another_tokenizer_or_vocabulary_of_the_base_is_refused(llama3, tmp_path
             score(open_engine(artifact), LazyBase(str(base), None), WORDS, SHORT)
 
 
+def test_padding_is_no_other_vocabulary_but_more_tokens_are():
+    def model(vocab_size, known_tokens):
+        return SimpleNamespace(vocab_size=vocab_size, known_tokens=known_tokens)
+
+    assert common_vocabulary(model(300, 290), model(310, 290)) == 300
+    assert common_vocabulary(model(310, 290), model(290, 290)) == 290
+    for base, artifact in ((model(300, 300), model(310, 305)), (model(310, 305), model(300, 300))):
+        with pytest.raises(InputError, match="not the model it was made from"):
+            common_vocabulary(base, artifact)
+
+
+def test_llama_cpp_tells_padding_from_tokens(llama3):
+    pytest.importorskip("llama_cpp")
+    engine, tokens = open_engine(gguf_models.gguf_of(llama3)), len(AutoTokenizer.from_pretrained(llama3))
+    assert (engine.vocab_size, engine.known_tokens) == (tokens + 5, tokens)
+    engine.close()
+
+
 def test_the_tokens_that_suffered_most_are_told_with_their_text(llama3, noisy):
     engine = open_engine(noisy)
     found = score(engine, SideBySide(open_engine(llama3)), WORDS, SLIDING).divergence
@@ -397,10 +355,3 @@ def test_the_digest_covers_what_decides_the_predictions(tmp_path):
     assert changed != before
     (directory / "tokenizer_config.json").write_text("{}")
     assert digest_of(find(directory)) != changed
-
-
-def test_rows_of_impossible_tokens_are_compared():
-    p = torch.log(torch.tensor([[0.5, 0.5, 0.0]]))
-    q = torch.log(torch.tensor([[0.25, 0.5, 0.25]]))
-    found = compare_rows(p, q, torch.tensor([0]), 3)
-    assert found.kl[0] == pytest.approx(0.5 * math.log(2))
