@@ -8,19 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from llmlite.checkpoint.artifact import GGUF_FILE, read_manifest, write_manifest
+import torch
+
 from llmlite.errors import InputError
+from llmlite.evals.base import LazyBase, default_directory, note
+from llmlite.evals.digests import digest_of
 from llmlite.evals.engines import engine_version, open_engine
-from llmlite.evals.locate import find
+from llmlite.evals.kept import Store
+from llmlite.evals.locate import Location, find
+from llmlite.evals.measured import Conditions, earlier_scores, save_figures
 from llmlite.evals.memory import Memory
-from llmlite.evals.perplexity import PROTOCOLS
+from llmlite.evals.perplexity import PROTOCOLS, Windows
 from llmlite.evals.probe import probe
-from llmlite.evals.score import Score, Windows, score
+from llmlite.evals.score import Score, score
 from llmlite.evals.size import Size, measure_size
 from llmlite.evals.speed import Speed
 from llmlite.evals.texts import Text, read_texts
 
-ProtocolName = Literal["llama.cpp", "paper"]
+ProtocolName = Literal["llama.cpp", "paper", "sliding"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,24 @@ class EvalSettings:
     )
     protocol: ProtocolName = field(
         default="llama.cpp",
-        metadata={"help": "llama.cpp: windows of 512, second half scored; paper: 2,048, all scored"},
+        metadata={
+            "help": "llama.cpp: windows of 512, second half scored; paper: 2,048, all scored; "
+            "sliding: 1,024, every token scored once"
+        },
     )
     window: int | None = field(default=None, metadata={"help": "tokens of a window (default: the protocol's)"})
     windows: int | None = field(default=None, metadata={"help": "score only the first N windows of each text"})
+    stride: int | None = field(
+        default=None, metadata={"help": "sliding: tokens from one window to the next (default: half a window)"}
+    )
+    cache: Path | None = field(
+        default=None,
+        metadata={"help": "directory that keeps the base's predictions (default: llmlite/base in the user's cache)"},
+    )
+    no_cache: bool = field(default=False, metadata={"help": "keep nothing of the base: both models run"})
+    again: bool = field(
+        default=False, metadata={"help": "measure anew what llmlite.json holds already of this artifact and text"}
+    )
     speed: bool = field(default=False, metadata={"help": "measure prompt and generation speed"})
     memory: bool = field(default=False, metadata={"help": "measure weights, cache and peak memory"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: every core)"})
@@ -49,32 +68,60 @@ class EvalSettings:
             raise InputError(f"protocol {self.protocol!r} is unknown; known are {', '.join(PROTOCOLS)}")
         if self.base is not None and not self.text:
             raise InputError("a base without a text: name a text with --text to measure the divergence on")
+        if self.cache is not None and self.no_cache:
+            raise InputError("--cache and --no-cache together: one of them is right")
         for name, value, least in (
             ("window", self.window, 8), ("windows", self.windows, 1), ("threads", self.threads, 1),
+            ("stride", self.stride, 1),
         ):  # fmt: skip
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; {least} or more is right")
+        if self.stride is not None:
+            length = self.scored.length
+            if self.scored.step is None:
+                raise InputError(f"a stride belongs to protocol sliding, not to {self.protocol}")
+            if self.stride >= length:
+                raise InputError(f"stride is {self.stride}; less than the window's {length} tokens is right")
+
+    @property
+    def scored(self) -> Windows:
+        """What is scored of each text."""
+        return Windows(PROTOCOLS[self.protocol], self.window, self.windows, self.stride)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured of one artifact. ``scores`` has what each text gave, by its name; unmeasured is None."""
+    """Everything measured of one artifact. ``scores`` has what each text gave, by its name; unmeasured is None.
+
+    ``sha256`` and ``base_sha256``: the digests of artifact and base (see `digests.digest_of`), None where no text was
+    scored. ``reused``: the texts whose scores are those of an earlier run, kept in llmlite.json.
+    """
 
     artifact: str
     base: str | None
     engine: str
     version: str
     size: Size
-    protocol: str
-    window: int
+    windows: Windows
     scores: dict[str, Score]
     memory: Memory | None
     speed: Speed | None
+    sha256: str | None = None
+    base_sha256: str | None = None
+    reused: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Short, for a table: the last part of the artifact's path."""
         return Path(self.artifact).name or self.artifact
+
+    @property
+    def protocol(self) -> str:
+        return self.windows.protocol.name
+
+    @property
+    def window(self) -> int:
+        return self.windows.length
 
     def to_json(self) -> dict:
         """Plain data with the keys that scripts may rely on; what was not measured has no key."""
@@ -85,11 +132,14 @@ class Evaluation:
             "bits_per_weight": self.size.bits_per_weight,
             "parameters": self.size.parameters,
         }
+        if self.sha256 is not None:
+            out["sha256"] = self.sha256
         if self.scores:
-            out["protocol"] = {"name": self.protocol, "window": self.window}
-            out["texts"] = {name: _score_json(scored) for name, scored in self.scores.items()}
+            out["protocol"] = self.windows.to_json()
+            out["texts"] = {name: scored.to_json() for name, scored in self.scores.items()}
         if self.base is not None:
             out["base"] = self.base
+            out["base_sha256"] = self.base_sha256
         if self.memory is not None:
             out["memory"] = dataclasses.asdict(self.memory)
         if self.speed is not None:
@@ -97,65 +147,72 @@ class Evaluation:
         return out
 
 
-def _score_json(scored: Score) -> dict:
-    return {key: value for key, value in dataclasses.asdict(scored).items() if value is not None}
-
-
 def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     """Measure what ``settings`` ask for of an artifact: a directory, a GGUF file or a hub id.
 
-    Memory and speed are measured first, in a process that holds the artifact alone. Raises `InputError` for an
-    artifact, a base or a text that can't be used.
+    Scores that the artifact's llmlite.json holds are not measured again if everything that they depend on is the
+    same: artifact, base, text, protocol, window, stride, number of windows, engine and version. Memory and speed are
+    always measured, first of all, in a process that holds the artifact alone. Raises `InputError` for an artifact, a
+    base or a text that can't be used.
     """
     settings.check()
     texts = read_texts(settings.text)
-    windows = Windows(PROTOCOLS[settings.protocol], settings.window, settings.windows)
     location = find(artifact)
-    if settings.base is not None:
-        find(settings.base)
+    base = _base(settings) if settings.base is not None else None
     size = measure_size(location)
     memory, speed = None, None
     if settings.memory or settings.speed:
         memory, speed = probe(location.path, settings.threads)
+    conditions = Conditions(
+        sha256=digest_of(location) if texts else None,
+        base_sha256=base.digest if base is not None else None,
+        engine={"name": location.engine, "version": engine_version(location.engine)},
+        protocol=settings.scored.to_json(),
+    )
+    known = {} if settings.again else earlier_scores(location, conditions, texts)
+    if known:
+        note(f"not measured again, as nothing has changed: {', '.join(known)} (--again measures anew)")
+    scores = {**known, **_scores(location, base, settings, [text for text in texts if text.name not in known])}
     return Evaluation(
         artifact=str(artifact),
         base=settings.base,
         engine=location.engine,
-        version=engine_version(location.engine),
+        version=conditions.engine["version"],
         size=size,
-        protocol=settings.protocol,
-        window=windows.length,
-        scores=_scores(artifact, settings, texts, windows) if texts else {},
+        windows=settings.scored,
+        scores={text.name: scores[text.name] for text in texts},
         memory=memory if settings.memory else None,
         speed=speed if settings.speed else None,
+        sha256=conditions.sha256,
+        base_sha256=conditions.base_sha256,
+        reused=tuple(known),
     )
 
 
-def _scores(artifact: str | Path, settings: EvalSettings, texts: list[Text], windows: Windows) -> dict[str, Score]:
+def _base(settings: EvalSettings) -> LazyBase:
+    assert settings.base is not None
+    store = None if settings.no_cache else Store(settings.cache or default_directory())
+    return LazyBase(settings.base, store, threads=settings.threads, context=settings.scored.length)
+
+
+def _scores(location: Location, base: LazyBase | None, settings: EvalSettings, texts: list[Text]) -> dict[str, Score]:
+    if not texts:
+        return {}
+    if settings.threads is not None:  # of what compares the two; llama.cpp's are its own
+        torch.set_num_threads(settings.threads)
     with ExitStack() as opened:
-        engine = open_engine(artifact, threads=settings.threads, context=windows.length)
-        opened.callback(engine.close)
-        base = None
-        if settings.base is not None:
-            base = open_engine(settings.base, threads=settings.threads, context=windows.length)
+        if base is not None:
             opened.callback(base.close)
-        return {text.name: score(engine, base, text, windows) for text in texts}
+        engine = open_engine(location.path, threads=settings.threads, context=settings.scored.length)
+        opened.callback(engine.close)
+        return {text.name: score(engine, base, text, settings.scored) for text in texts}
 
 
 def save_in_manifest(artifact: str | Path, evaluation: Evaluation) -> bool:
     """Keep the figures in the artifact's llmlite.json, under ``evals`` and the protocol's name, in a single step.
 
-    Earlier figures by the same protocol are replaced as far as they were measured again. False where there is no
-    llmlite.json that describes these weights.
+    What is there already of the same artifact stays as far as it was not measured again: other texts scored under
+    the same conditions, memory, speed, and keys that others put there. False where there is no llmlite.json that
+    describes these weights.
     """
-    location = find(artifact)
-    manifest = read_manifest(location.directory)
-    if manifest is None or (location.engine == "llama.cpp" and location.path.name != GGUF_FILE):
-        return False
-    evals = manifest.get("evals", {})
-    before = evals.get(evaluation.protocol, {})
-    if evaluation.scores:  # a score belongs to the base and the window it was measured with
-        before = {key: before[key] for key in ("memory", "speed") if key in before}
-    merged = {**before, **evaluation.to_json()}
-    write_manifest(location.directory, {**manifest, "evals": {**evals, evaluation.protocol: merged}})
-    return True
+    return save_figures(find(artifact), evaluation.protocol, evaluation.to_json())

@@ -124,6 +124,25 @@ class Llama:
             raise InputError(f"{self.file}: llama.cpp can't tokenize a text of {len(raw):,} bytes")
         return out[:count].copy()
 
+    def text_of(self, tokens: np.ndarray) -> str:
+        """The text of token ids int [n], control tokens by name; bytes that are no whole character become U+FFFD."""
+        ids = np.ascontiguousarray(tokens, np.int32)
+        pointer = ids.ctypes.data_as(ctypes.POINTER(self.api.llama_token))
+        room = 16 * len(ids) + 16
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            length = self.api.llama_detokenize(self.vocab, pointer, len(ids), buffer, room, False, True)
+            if length >= 0:
+                return buffer.raw[:length].decode("utf-8", "replace")
+            room = -length
+
+    def known_tokens(self) -> int:
+        """How many ids the tokenizer can name: those at the end that are marked as unused only pad the vocabulary."""
+        count = self.vocab_size
+        while count and self.api.llama_vocab_get_attr(self.vocab, count - 1) & self.api.LLAMA_TOKEN_ATTR_UNUSED:
+            count -= 1
+        return count
+
     def decode(self, tokens: np.ndarray, start: int, wanted: np.ndarray) -> np.ndarray:
         """Append ``tokens`` int [n] to sequence 0 from position ``start``; logits of the rows where ``wanted`` [n].
 

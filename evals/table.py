@@ -9,8 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from llmlite.errors import InputError
+from llmlite.evals.divergence import Suffered
 from llmlite.evals.evaluate import Evaluation
 from llmlite.evals.score import Score
 
@@ -20,6 +22,7 @@ COLUMNS = (
 )  # fmt: skip
 WORDS = ("model", "engine", "text")
 ABSENT = "-"
+SHOWN = 5  # of the tokens that suffered most
 
 
 def show(evaluations: Sequence[Evaluation], title: str | None = None) -> None:
@@ -27,6 +30,40 @@ def show(evaluations: Sequence[Evaluation], title: str | None = None) -> None:
     console, content = Console(), table(evaluations, title)
     wanted = Measurement.get(console, console.options.update(width=1000), content).maximum
     Console(width=max(console.width, wanted)).print(content)
+
+
+def show_worst(evaluation: Evaluation) -> None:
+    """Print for each text the tokens whose predictions changed most; nothing without a base."""
+    console = Console()
+    for name, scored in evaluation.scores.items():
+        if scored.divergence is not None and scored.divergence.worst:
+            console.print(worst_table(name, scored.divergence.worst[:SHOWN]))
+
+
+def worst_table(text: str, worst: Sequence[Suffered]) -> Table:
+    """A row per token: what stood before it, the token, and what base and artifact predicted there."""
+    out = Table(title=f"{text}: the tokens that suffered most", box=SIMPLE_HEAD)
+    out.add_column("KL", justify="right", no_wrap=True)
+    out.add_column("context", ratio=1, no_wrap=True, overflow="ellipsis")
+    for heading in ("token", "by base", "by this", "base's best", "its best"):
+        out.add_column(heading, justify="right" if heading.startswith("by") else "left", no_wrap=True)
+    for token in worst:
+        out.add_row(
+            f"{token.kl:.3f}",
+            Text(_readable(token.before)[-40:], style="dim"),
+            Text(_readable(token.text), style="bold"),
+            f"{token.base_probability:.1%}",
+            f"{token.probability:.1%}",
+            Text(f"{_readable(token.base_top)} {token.base_top_probability:.0%}"),
+            Text(f"{_readable(token.top)} {token.top_probability:.0%}"),
+        )
+    return out
+
+
+def _readable(text: str) -> str:
+    """On one line, with spaces and control characters visible where nothing else is."""
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return shown if shown.strip() else repr(shown)
 
 
 def table(evaluations: Sequence[Evaluation], title: str | None = None) -> Table:
@@ -74,7 +111,8 @@ def _figures(scored: Score) -> tuple[str, str, str, str]:
 def _caption(evaluations: Sequence[Evaluation]) -> str | None:
     """What the figures are, once for all rows where they agree."""
     said = dict.fromkeys(
-        f"{name}: protocol {evaluation.protocol}, {scored.perplexity.windows} windows of {evaluation.window} tokens, "
+        f"{name}: protocol {evaluation.protocol}, {scored.perplexity.windows} windows of {evaluation.window} tokens"
+        f"{f' every {evaluation.windows.step}' if evaluation.windows.step else ''}, "
         f"{scored.perplexity.tokens:,} scored"
         for evaluation in evaluations
         for name, scored in evaluation.scores.items()

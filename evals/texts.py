@@ -63,7 +63,10 @@ def _file(source: str) -> str:
 def _dataset(source: str) -> str:
     name, _, rest = source.partition(":")
     config, _, split = rest.partition(":")
-    datasets = need("eval", "datasets")
+    try:
+        datasets = need("eval", "datasets")
+    except InputError as error:
+        raise InputError(f"{source}: no such file; to load a data set of that name, {error}") from None
     try:
         rows = datasets.load_dataset(name, config or None, split=split or "test")
     except ConnectionError as error:

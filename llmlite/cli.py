@@ -152,7 +152,7 @@ def _add_eval(verbs: Any) -> None:
 
 def _eval(given: argparse.Namespace) -> int:
     from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
-    from llmlite.evals.table import check_picture, picture, show
+    from llmlite.evals.table import check_picture, picture, show, show_worst
 
     if given.picture:
         check_picture(given.picture)
@@ -162,6 +162,7 @@ def _eval(given: argparse.Namespace) -> int:
         picture([measured], given.picture)
     if given.json != "-":
         show([measured])
+        show_worst(measured)
     save_in_manifest(given.artifact, measured)
     return 0
 

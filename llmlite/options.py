@@ -95,6 +95,8 @@ def _flag(item: Field) -> str:
 def _argument(item: Field, hint: Any) -> dict[str, Any]:
     text = item.metadata["help"].replace("%", "%%")
     out: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    if hint is bool and item.name.startswith("no_"):
+        return {**out, "action": "store_true"}
     if hint is bool:
         return {**out, "action": argparse.BooleanOptionalAction}
     if get_origin(hint) is tuple:

@@ -15,6 +15,7 @@ class Settings:
     count: int = field(default=3, metadata={"help": "how many"})
     share: float | None = field(default=None, metadata={"help": "how much"})
     fast: bool = field(default=False, metadata={"help": "hurry"})
+    no_rest: bool = field(default=False, metadata={"help": "go on"})
 
 
 def parse(tmp_path, words: list[str], recipe: str | None = None) -> Settings:
@@ -31,6 +32,13 @@ def test_options_follow_the_dataclass(tmp_path):
     assert parse(tmp_path, ["--to", "x"]) == Settings("x")
     words = ["--to", "x", "--kind", "b", "--many", "1", "2", "--count", "5", "--share", "0.5", "--fast"]
     assert parse(tmp_path, words) == Settings("x", "b", ("1", "2"), 5, 0.5, True)
+
+
+def test_an_option_that_only_says_no_has_no_opposite(tmp_path):
+    assert parse(tmp_path, ["--to", "x", "--no-rest"]).no_rest is True
+    assert parse(tmp_path, [], "to: x\nno-rest: true\n").no_rest is True
+    with pytest.raises(InputError, match="--no-no-rest"):
+        parse(tmp_path, ["--to", "x", "--no-no-rest"])
 
 
 def test_the_command_line_overrides_the_recipe(tmp_path):

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from benchmarks.quantization.pieces import run
-from llmlite.evals.divergence import compare_rows, divergence
+from llmlite.evals.divergence import Compared, compare_rows, divergence
 from llmlite.evals.engines import TransformersEngine
-from llmlite.evals.perplexity import perplexity
+from llmlite.evals.perplexity import Places, Window, perplexity
 from llmlite.progress import track
 
 NUMBER = r"(-?[\d.]+|-?nan|-?inf)"
@@ -74,29 +74,19 @@ def _figure(pattern: str, said: str) -> float:
 
 def score_transformers(base: TransformersEngine, artifact: TransformersEngine, rows: np.ndarray, name: str) -> Scored:
     """By transformers, both models side by side over ``rows`` int64 [r, n]."""
-    first = rows.shape[1] // 2
-    nll, kl, same, means = [], [], [], []
-    for row in track(rows, name, len(rows)):
-        own: list[np.ndarray] = []
-        for targets, theirs, mine in _predictions(base, artifact, row, first):
-            nll.append(-mine.gather(1, targets[:, None])[:, 0].double().cpu().numpy())
-            values, equal = compare_rows(theirs, mine, base.vocab_size)
-            own.append(values)
-            same.append(equal)
-        kl += own
-        means.append(float(np.concatenate(own).mean()))
-    losses = np.concatenate(nll)
-    apart = divergence(np.concatenate(kl), np.concatenate(same), base.vocab_size)
-    return Scored(
-        perplexity(losses, len(rows)).value, apart.mean_kl, apart.median_kl, apart.p999_kl, apart.same_top, tuple(means)
+    windows = [Window(row, number * len(row), len(row) // 2) for number, row in enumerate(rows)]
+    compared = Compared.joined(
+        [chunk for w in track(windows, name, len(rows)) for chunk in _compared(base, artifact, w)]
     )
+    places = Places.of(windows)
+    apart = divergence(compared, places, base.vocab_size)
+    value = perplexity(-compared.own.astype(np.float64), places).value
+    return Scored(value, apart.mean_kl, apart.median_kl, apart.p999_kl, apart.same_top, apart.by_window)
 
 
-def _predictions(
-    base: TransformersEngine, artifact: TransformersEngine, row: np.ndarray, first: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Scored tokens int64 [n], with the log-probabilities float32 [n, vocab] of the base and of the artifact."""
-    inputs = row[:-1]
-    both = zip(base.log_probs(inputs, first), artifact.log_probs(inputs, first), strict=True)
+def _compared(base: TransformersEngine, artifact: TransformersEngine, window: Window) -> Iterator[Compared]:
+    inputs = window.tokens[:-1]
+    both = zip(base.log_probs(inputs, window.first), artifact.log_probs(inputs, window.first), strict=True)
     for (start, theirs), (_, mine) in both:
-        yield torch.from_numpy(row[start + 1 : start + 1 + len(mine)]).to(mine.device), theirs, mine
+        targets = torch.from_numpy(window.tokens[start + 1 : start + 1 + len(mine)])
+        yield compare_rows(theirs, mine, targets, base.vocab_size)

@@ -16,6 +16,7 @@ from llmlite.evals.hf import kv_bytes_per_token, load_transformers
 from llmlite.evals.llama import Llama, LlamaSettings
 from llmlite.evals.locate import find
 from llmlite.evals.probe import probe
+from llmlite.evals.score import Score
 from llmlite.evals.size import measure_size
 from llmlite.evals.speed import ANSWER_TOKENS, PROMPT_TOKENS, Speed, measure_speed
 from llmlite.evals.table import check_picture, picture, table
@@ -163,14 +164,20 @@ def test_json_has_the_keys_that_scripts_rely_on(evaluation, tiny):
     assert facts["engine"]["name"] == "transformers"
     assert facts["bytes"] == (tiny / "model.safetensors").stat().st_size
     assert facts["bits_per_weight"] == 32
-    assert facts["protocol"] == {"name": "llama.cpp", "window": 64}
+    assert facts["protocol"] == {"name": "llama.cpp", "window": 64, "windows": 2}
+    assert len(facts["sha256"]) == len(facts["base_sha256"]) == 64
     assert facts["base"] == str(tiny)
     ((name, of_text),) = facts["texts"].items()
     assert name == "cats_v1"
     assert len(of_text["sha256"]) == 64
-    assert of_text["perplexity"].keys() == {"value", "stderr", "tokens", "windows"}
+    assert of_text["perplexity"].keys() == {"value", "stderr", "tokens", "windows", "by_position", "by_window"}
     assert of_text["perplexity"]["tokens"] == 2 * 31
-    assert {"mean_kl", "median_kl", "p99_kl", "p999_kl", "max_kl", "same_top"} <= of_text["divergence"].keys()
+    apart = of_text["divergence"]
+    assert {"mean_kl", "stderr", "median_kl", "p95_kl", "p99_kl", "p999_kl", "max_kl", "same_top"} <= apart.keys()
+    assert {"mean_delta_p", "rms_delta_p", "base_perplexity", "by_position", "by_window", "worst"} <= apart.keys()
+    assert apart["by_position"][0].keys() == {"start", "stop", "tokens", "value"}
+    assert len(apart["worst"]) == 20
+    assert Score.from_json(of_text) == evaluation.scores[name], "JSON gives back what it was made from"
     assert "memory" not in facts, "not asked for"
     assert "speed" not in facts, "not asked for"
 
@@ -235,7 +242,10 @@ def test_a_picture_that_cannot_be_written_is_refused_beforehand(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"protocol": "sliding"}, "'sliding' is unknown; known are llama.cpp, paper"),
+        ({"protocol": "rolling"}, "'rolling' is unknown; known are llama.cpp, paper, sliding"),
+        ({"stride": 4}, "a stride belongs to protocol sliding, not to llama.cpp"),
+        ({"stride": 1024, "protocol": "sliding"}, "stride is 1024; less than the window's 1024 tokens is right"),
+        ({"no_cache": True, "cache": "x"}, "--cache and --no-cache together"),
         ({"base": "somewhere"}, "a base without a text"),
         ({"windows": 0}, "windows is 0; 1 or more is right"),
         ({"window": 1}, "window is 1; 8 or more is right"),

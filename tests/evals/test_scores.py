@@ -2,6 +2,7 @@
 
 import json
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlite.errors import InputError
+from llmlite.evals.base import SideBySide
 from llmlite.evals.divergence import check_tokenizers, common_vocabulary
 from llmlite.evals.engines import ROWS, open_engine
-from llmlite.evals.perplexity import PROTOCOLS, perplexity
+from llmlite.evals.perplexity import PROTOCOLS, Places, perplexity
 from llmlite.evals.score import Windows, score
 from llmlite.evals.texts import Text
 from tests import gguf_models
@@ -85,18 +87,79 @@ def test_llama_cpp_perplexity_starts_each_window_with_bos_and_scores_its_second_
 
 
 def test_the_protocols_have_the_windows_that_they_are_named_for():
-    assert (HALF.window, HALF.first(512)) == (512, 256)
-    assert (PAPER.window, PAPER.first(2048)) == (2048, 0)
+    assert [(p.window, p.stride) for p in PROTOCOLS.values()] == [(512, None), (2048, None), (1024, 512)]
     ids = np.arange(10, 35)
-    assert HALF.windows(ids, None, 8, None).tolist() == [list(range(s, s + 8)) for s in (10, 18, 26)]
-    assert HALF.windows(ids, 1, 8, 2).tolist() == [[1, *range(10, 17)], [1, *range(18, 25)]]
-    assert PAPER.windows(ids, 1, 8, 2).tolist() == [[1, *range(10, 17)], list(range(17, 25))]
+
+    def cut(protocol, bos, limit):
+        return [(w.tokens.tolist(), w.start, w.first) for w in protocol.windows(ids, bos, 8, None, limit)]
+
+    assert cut(HALF, None, None) == [(list(range(s, s + 8)), s - 10, 4) for s in (10, 18, 26)]
+    assert cut(HALF, 1, 2) == [([1, *range(10, 17)], 0, 4), ([1, *range(18, 25)], 8, 4)]
+    assert cut(PAPER, 1, 2) == [([1, *range(10, 17)], 0, 0), (list(range(17, 25)), 8, 0)]
+
+
+@pytest.mark.parametrize(
+    ("length", "window", "stride"), [(100, 16, 8), (97, 16, 5), (32, 16, 15), (16, 16, 8), (17, 16, 1)]
+)
+def test_sliding_windows_score_every_token_but_the_first_once(length, window, stride):
+    ids = np.arange(length) * 3
+    windows = PROTOCOLS["sliding"].windows(ids, None, window, stride, None)
+    scored = []
+    for number, w in enumerate(windows):
+        assert np.array_equal(w.tokens, ids[w.start : w.start + window])
+        assert w.start == number * stride
+        assert w.first >= (0 if number == 0 else window - stride - 1), "a later token has less context than promised"
+        scored += w.tokens[w.first + 1 :].tolist()
+    assert scored == ids[1:].tolist()
+    assert Places.of(windows).index.tolist() == list(range(1, length))
+    assert len(PROTOCOLS["sliding"].windows(ids, None, window, stride, 1)) == 1
+
+
+def test_sliding_perplexity_is_what_the_documented_loop_gives(llama3):
+    """The loop of transformers' "perplexity of fixed-length models"."""
+    ids = torch.tensor([AutoTokenizer.from_pretrained(llama3)(WORDS.text).input_ids])[:, :700]
+    model = AutoModelForCausalLM.from_pretrained(llama3).eval()
+    had, sums, count = 0, 0.0, 0
+    for begin in range(0, ids.shape[1], 100):
+        end = min(begin + 256, ids.shape[1])
+        inputs, labels = ids[:, begin:end], ids[:, begin:end].clone()
+        labels[:, : -(end - had)] = -100
+        with torch.no_grad():
+            loss = model(inputs, labels=labels).loss
+        scored = int((labels[:, 1:] != -100).sum())
+        sums, count, had = sums + float(loss) * scored, count + scored, end
+        if end == ids.shape[1]:
+            break
+
+    engine = open_engine(llama3)
+    engine.tokenize = lambda text: ids[0, 1:].numpy()
+    found = score(engine, None, WORDS, Windows(PROTOCOLS["sliding"], window=256, stride=100)).perplexity
+
+    assert found.value == pytest.approx(math.exp(sums / count), rel=1e-5)
+    assert found.tokens == count == 699
+
+
+def test_perplexity_by_position_and_by_window_are_means_of_their_own_tokens():
+    rng = np.random.default_rng(1)
+    windows = HALF.windows(np.arange(3 * 40), None, 40, None, None)
+    places = Places.of(windows)
+    nll = rng.gamma(2.0, 1.0, len(places.index))
+    found = perplexity(nll, places)
+    table = nll.reshape(3, 19)  # tokens 21 .. 39 of each
+    assert [b.start for b in found.by_position] == [21, 23, 25, 28, 30, 32, 35, 37]
+    assert found.by_position[-1].stop == 40
+    for bucket in found.by_position:
+        inside = table[:, bucket.start - 21 : bucket.stop - 21]
+        assert bucket.tokens == inside.size
+        assert bucket.value == pytest.approx(math.exp(inside.mean()))
+    assert found.by_window == pytest.approx(table.mean(1))
 
 
 def test_standard_error_follows_from_the_spread_of_the_losses():
     losses = np.random.default_rng(0).gamma(2.0, 1.5, 40_000)
-    values = [perplexity(part, 1).value for part in losses.reshape(200, 200)]
-    assert perplexity(losses[:200], 1).stderr == pytest.approx(np.std(values), rel=0.25)
+    places = Places.of(PAPER.windows(np.arange(201), None, 201, None, None))
+    values = [perplexity(part, places).value for part in losses.reshape(200, 200)]
+    assert perplexity(losses[:200], places).stderr == pytest.approx(np.std(values), rel=0.25)
 
 
 @pytest.mark.parametrize("family", ["llama3", "gemma3"])
@@ -123,7 +186,7 @@ def test_an_unknown_output_head_is_refused(tmp_path):
 def test_divergence_is_what_torch_computes_from_whole_logits(llama3, tmp_path):
     other = noisy(llama3, tmp_path)
     engine, base = open_engine(other), open_engine(llama3)
-    found = score(engine, base, WORDS, Windows(PAPER, window=250, limit=2)).divergence
+    found = score(engine, SideBySide(base), WORDS, Windows(PAPER, window=250, limit=2)).divergence
 
     ids = np.array(AutoTokenizer.from_pretrained(llama3)(WORDS.text).input_ids[:500]).reshape(2, 250)
     p = F.log_softmax(plain_logits(llama3, ids)[:, :-1].double(), dim=-1)
@@ -133,14 +196,23 @@ def test_divergence_is_what_torch_computes_from_whole_logits(llama3, tmp_path):
     assert found.stderr == pytest.approx((kl.std() / math.sqrt(len(kl))).item(), rel=1e-3)
     assert found.median_kl == pytest.approx(kl.quantile(0.5).item(), rel=1e-3)
     assert found.p99_kl == pytest.approx(kl.quantile(0.99).item(), rel=1e-3)
+    assert found.p95_kl == pytest.approx(kl.quantile(0.95).item(), rel=1e-3)
     assert found.p999_kl == pytest.approx(kl.quantile(0.999).item(), rel=1e-3)
     assert found.max_kl == pytest.approx(kl.max().item(), rel=1e-3)
     assert found.same_top == pytest.approx((p.argmax(-1) == q.argmax(-1)).double().mean().item())
+    targets = torch.tensor(ids[:, 1:])[..., None]
+    moved = (q.exp() - p.exp()).gather(-1, targets).flatten()
+    assert found.mean_delta_p == pytest.approx(moved.mean().item(), rel=1e-3)
+    assert found.rms_delta_p == pytest.approx(moved.square().mean().sqrt().item(), rel=1e-3)
+    assert found.base_perplexity == pytest.approx(math.exp(-p.gather(-1, targets).mean()), rel=1e-5)
+    assert found.by_window == pytest.approx(kl.reshape(2, 249).mean(1).tolist(), rel=1e-4)
+    first = found.by_position[0]
+    assert first.value == pytest.approx(kl.reshape(2, 249)[:, : first.stop - 1].mean().item(), rel=1e-4)
     assert found.mean_kl > 0.01, "the models must differ for this to test anything"
 
 
 def test_a_model_does_not_diverge_from_itself(llama3):
-    found = score(open_engine(llama3), open_engine(llama3), WORDS, Windows(HALF, limit=2)).divergence
+    found = score(open_engine(llama3), SideBySide(open_engine(llama3)), WORDS, Windows(HALF, limit=2)).divergence
     assert abs(found.mean_kl) < 1e-6
     assert found.max_kl < 1e-5
     assert found.same_top == 1
@@ -153,7 +225,7 @@ def test_gguf_scores_like_the_checkpoint_it_was_written_from(family, request):
     engine, base = open_engine(gguf_models.gguf_of(directory), context=700), open_engine(directory)
     assert engine.bos == base.bos is not None
 
-    found = score(engine, base, WORDS, Windows(HALF, window=700, limit=2))  # longer than one decode
+    found = score(engine, SideBySide(base), WORDS, Windows(HALF, window=700, limit=2))  # longer than one decode
     alone = score(engine, None, WORDS, Windows(HALF, window=700, limit=2)).perplexity
     own = score(base, None, WORDS, Windows(HALF, window=700, limit=2)).perplexity
 
@@ -173,7 +245,7 @@ def test_a_padded_vocabulary_is_compared_over_the_common_ids(llama3, tmp_path):
     cut, padded = open_engine(tmp_path), open_engine(llama3)
     assert padded.vocab_size > cut.vocab_size == tokens
 
-    found = score(cut, padded, WORDS, Windows(HALF, limit=1)).divergence
+    found = score(cut, SideBySide(padded), WORDS, Windows(HALF, limit=1)).divergence
 
     assert found.vocabulary == tokens
     assert abs(found.mean_kl) < 1e-5, "normalized over the common ids, the two are the same model"
@@ -207,11 +279,39 @@ def test_a_text_shorter_than_a_window_is_refused(llama3):
         score(open_engine(llama3), None, Text("short", "the quick brown"), Windows(HALF))
 
 
+def test_memory_does_not_grow_with_vocabulary_times_text():
+    """However long the text, the rows of one chunk of each model are alive, and the next ones being made."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    most = 0
+
+    class Stub:
+        name, vocab_size, known_tokens, bos = "stub", 300, 300, None
+
+        def tokenize(self, text):
+            return np.arange(5000) % 300
+
+        def decode(self, tokens):
+            return str(tokens)
+
+        def log_probs(self, tokens, first):
+            nonlocal most
+            for start in range(first, len(tokens), ROWS):
+                rows = torch.log_softmax(torch.randn(min(ROWS, len(tokens) - start), 300), dim=-1)
+                alive.add(rows)
+                most = max(most, len(alive))
+                yield start, rows
+                del rows
+
+    found = score(Stub(), SideBySide(Stub()), WORDS, Windows(PAPER, window=1000))
+    assert found.perplexity.tokens == 5 * 999
+    assert most <= 4, "chunks of earlier positions are still held"
+
+
 def test_predictions_that_are_not_numbers_are_refused(llama3, tmp_path):
     other = noisy(llama3, tmp_path, scale=0)
     engine = open_engine(other)
     with torch.no_grad():
-        engine.head.weight[7] = torch.nan
+        engine.head.module.weight[7] = torch.nan
     with pytest.raises(InputError, match="are not finite: broken weights"):
         score(engine, None, WORDS, Windows(HALF, limit=1))
 

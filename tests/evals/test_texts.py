@@ -47,6 +47,12 @@ def test_a_missing_file_is_refused(source):
         read_text(source)
 
 
+def test_a_name_that_is_no_file_is_said_to_be_none_where_data_sets_cannot_be_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"nowhere: no such file; to load a data set of that name, .* extra 'eval'"):
+        read_text("nowhere")
+
+
 @pytest.mark.parametrize(
     ("source", "name", "asked"),
     [

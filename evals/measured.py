@@ -1,0 +1,81 @@
+"""What was measured of an artifact before, as its llmlite.json holds it.
+
+Under ``evals`` and a protocol's name stands the JSON of an evaluation (`evaluate.Evaluation.to_json`): with the
+SHA-256 of the artifact (``sha256``), its base (``base_sha256``) and each text (``texts.<name>.sha256``), the engine
+with its version, and the protocol with its window, stride and number of windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmlite.checkpoint.artifact import GGUF_FILE, read_manifest, write_manifest
+from llmlite.evals.locate import Location
+from llmlite.evals.score import Score
+from llmlite.evals.texts import Text
+
+SCORE_KEYS = ("texts", "protocol", "base", "base_sha256")
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a score depends on beside its text; the fields are keys of the JSON."""
+
+    sha256: str | None
+    base_sha256: str | None
+    engine: dict
+    protocol: dict
+
+    def hold_for(self, figures: dict) -> bool:
+        """Whether earlier figures, with the manifest's keys, were measured under these."""
+        return self.sha256 is not None and all(figures.get(name) == value for name, value in vars(self).items())
+
+
+def earlier_scores(location: Location, conditions: Conditions, texts: Sequence[Text]) -> dict[str, Score]:
+    """By name, the scores of those texts that were measured under the same conditions before.
+
+    Figures that are no score by today's keys, as another version of this program wrote them, are measured again.
+    """
+    manifest = manifest_of(location)
+    figures = (manifest or {}).get("evals", {}).get(conditions.protocol["name"], {})
+    if not conditions.hold_for(figures):
+        return {}
+    known = {}
+    for text in texts:
+        earlier = figures.get("texts", {}).get(text.name, {})
+        if earlier.get("sha256") == text.digest:
+            try:
+                known[text.name] = Score.from_json(earlier)
+            except (KeyError, TypeError):
+                continue
+    return known
+
+
+def save_figures(location: Location, protocol: str, figures: dict) -> bool:
+    """Put an evaluation's JSON into the manifest; False where there is none that describes these weights."""
+    manifest = manifest_of(location)
+    if manifest is None:
+        return False
+    evals = manifest.get("evals", {})
+    before = evals.get(protocol, {})
+    if "texts" in figures:
+        before = _still_valid(before, figures)
+        figures = {**figures, "texts": {**before.get("texts", {}), **figures["texts"]}}
+    write_manifest(location.directory, {**manifest, "evals": {**evals, protocol: {**before, **figures}}})
+    return True
+
+
+def _still_valid(before: dict, now: dict) -> dict:
+    """Earlier figures that may stand beside new scores: of the same artifact, texts under the same conditions."""
+    if before.get("sha256", now.get("sha256")) != now.get("sha256"):
+        return {}
+    same = all(before.get(name) == now.get(name) for name in ("sha256", "base_sha256", "engine", "protocol"))
+    return before if same else {key: value for key, value in before.items() if key not in SCORE_KEYS}
+
+
+def manifest_of(location: Location) -> dict | None:
+    """The llmlite.json that describes these weights: a GGUF file beside an artifact's own is not described by it."""
+    if location.engine == "llama.cpp" and location.path.name != GGUF_FILE:
+        return None
+    return read_manifest(location.directory)
