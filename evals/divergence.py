@@ -23,7 +23,8 @@ class Divergence:
     """Over the scored positions: KL in nats, and the share of them where both models like the same token best.
 
     ``stderr`` belongs to ``mean_kl``; ``vocabulary``: how many token ids were compared (fewer than a model has
-    when one of the two pads its vocabulary; both are then normalized over the common ids).
+    when one of the two pads its vocabulary; both are then normalized over the common ids); ``base_perplexity``:
+    the base's own on these windows; ``by_window``: the mean KL of each.
     """
 
     mean_kl: float
@@ -34,6 +35,8 @@ class Divergence:
     max_kl: float
     same_top: float
     vocabulary: int
+    base_perplexity: float | None = None
+    by_window: tuple[float, ...] = ()
 
 
 def compare_rows(base: torch.Tensor, artifact: torch.Tensor, common: int) -> tuple[np.ndarray, np.ndarray]:

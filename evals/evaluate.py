@@ -10,6 +10,7 @@ from typing import Literal
 
 from llmlite.checkpoint.artifact import GGUF_FILE, read_manifest, write_manifest
 from llmlite.errors import InputError
+from llmlite.evals.digests import digest_of
 from llmlite.evals.engines import engine_version, open_engine
 from llmlite.evals.locate import find
 from llmlite.evals.memory import Memory
@@ -18,6 +19,7 @@ from llmlite.evals.probe import probe
 from llmlite.evals.score import Score, Windows, score
 from llmlite.evals.size import Size, measure_size
 from llmlite.evals.speed import Speed
+from llmlite.evals.structure import Structure, compare_structure
 from llmlite.evals.texts import Text, read_texts
 
 ProtocolName = Literal["llama.cpp", "paper"]
@@ -70,6 +72,9 @@ class Evaluation:
     scores: dict[str, Score]
     memory: Memory | None
     speed: Speed | None
+    structure: Structure | None = None
+    sha256: str | None = None
+    base_sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -85,20 +90,30 @@ class Evaluation:
             "bits_per_weight": self.size.bits_per_weight,
             "parameters": self.size.parameters,
         }
+        if self.sha256 is not None:
+            out["sha256"] = self.sha256
         if self.scores:
             out["protocol"] = {"name": self.protocol, "window": self.window}
             out["texts"] = {name: _score_json(scored) for name, scored in self.scores.items()}
         if self.base is not None:
             out["base"] = self.base
+            out["base_sha256"] = self.base_sha256
         if self.memory is not None:
             out["memory"] = dataclasses.asdict(self.memory)
         if self.speed is not None:
             out["speed"] = dataclasses.asdict(self.speed)
+        if self.structure is not None:
+            out["structure"] = self.structure.to_json()
         return out
 
 
 def _score_json(scored: Score) -> dict:
-    return {key: value for key, value in dataclasses.asdict(scored).items() if value is not None}
+    parts = dataclasses.asdict(scored, dict_factory=_plain)
+    return {key: value for key, value in parts.items() if value is not None}
+
+
+def _plain(pairs: list) -> dict:
+    return {key: [*value] if isinstance(value, tuple) else value for key, value in pairs}
 
 
 def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
@@ -111,8 +126,7 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     texts = read_texts(settings.text)
     windows = Windows(PROTOCOLS[settings.protocol], settings.window, settings.windows)
     location = find(artifact)
-    if settings.base is not None:
-        find(settings.base)
+    base = find(settings.base) if settings.base is not None else None
     size = measure_size(location)
     memory, speed = None, None
     if settings.memory or settings.speed:
@@ -128,6 +142,9 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
         scores=_scores(artifact, settings, texts, windows) if texts else {},
         memory=memory if settings.memory else None,
         speed=speed if settings.speed else None,
+        structure=compare_structure(base, location) if base is not None else None,
+        sha256=digest_of(location),
+        base_sha256=digest_of(base) if base is not None else None,
     )
 
 
@@ -155,7 +172,9 @@ def save_in_manifest(artifact: str | Path, evaluation: Evaluation) -> bool:
     evals = manifest.get("evals", {})
     before = evals.get(evaluation.protocol, {})
     if evaluation.scores:  # a score belongs to the base and the window it was measured with
-        before = {key: before[key] for key in ("memory", "speed") if key in before}
+        before = {key: before[key] for key in ("memory", "speed", "sha256") if key in before}
+    if before.get("sha256") != evaluation.sha256:  # figures of other weights
+        before = {}
     merged = {**before, **evaluation.to_json()}
     write_manifest(location.directory, {**manifest, "evals": {**evals, evaluation.protocol: merged}})
     return True

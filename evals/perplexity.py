@@ -59,12 +59,21 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Perplexity:
-    """``value`` and ``stderr`` as in the module's text; ``tokens``: predictions scored; ``windows``: windows used."""
+    """``value`` and ``stderr`` as in the module's text; ``tokens``: predictions scored; ``windows``: windows used.
+
+    ``by_window``: the mean nll of each window in nats, for comparing two models window by window.
+    """
 
     value: float
     stderr: float
     tokens: int
     windows: int
+    by_window: tuple[float, ...] = ()
+
+
+def window_means(values: np.ndarray, windows: int) -> tuple[float, ...]:
+    """The mean of float64 [n] in each of ``windows`` windows of one length."""
+    return tuple(values.reshape(windows, -1).mean(axis=1).tolist())
 
 
 def perplexity(nll: np.ndarray, windows: int) -> Perplexity:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from llmlite.errors import InputError
 from llmlite.evals.divergence import Divergence, check_tokenizers, common_vocabulary, compare_rows, divergence
 from llmlite.evals.engines import Engine
-from llmlite.evals.perplexity import Perplexity, Protocol, perplexity
+from llmlite.evals.perplexity import Perplexity, Protocol, perplexity, window_means
 from llmlite.evals.texts import Text
 from llmlite.progress import track
 
@@ -49,19 +49,30 @@ def score(engine: Engine, base: Engine | None, text: Text, windows: Windows) -> 
     rows = windows.protocol.windows(judge.tokenize(text.text), judge.bos, windows.length, windows.limit)
     first = windows.protocol.first(windows.length)
     common = common_vocabulary(base, engine) if base is not None else engine.vocab_size
-    nll, kl, same = [], [], []
+    nll, base_nll, kl, same = [], [], [], []
     for window in track(rows, text.name, len(rows)):
         for targets, mine, theirs in _chunks(engine, base, window, first):
-            picked = mine.gather(1, torch.from_numpy(targets).to(mine.device)[:, None])[:, 0]
-            nll.append(-picked.double().cpu().numpy())
+            nll.append(_losses(mine, targets))
             if theirs is not None:
+                base_nll.append(_losses(theirs, targets))
                 values, equal = compare_rows(theirs, mine, common)
                 kl.append(values)
                 same.append(equal)
     losses = np.concatenate(nll)
     _refuse_nonsense(losses, engine)
-    apart = divergence(np.concatenate(kl), np.concatenate(same), common) if base is not None else None
-    return Score(text.digest, perplexity(losses, len(rows)), apart)
+    apart = None
+    if base is not None:
+        apart = divergence(np.concatenate(kl), np.concatenate(same), common)
+        base_perplexity = float(np.exp(np.concatenate(base_nll).mean()))
+        apart = replace(apart, by_window=window_means(np.concatenate(kl), len(rows)), base_perplexity=base_perplexity)
+    found = replace(perplexity(losses, len(rows)), by_window=window_means(losses, len(rows)))
+    return Score(text.digest, found, apart)
+
+
+def _losses(log_probs: torch.Tensor, targets: np.ndarray) -> np.ndarray:
+    """Nats float64 [rows] of the tokens int64 [rows] that came, from log-probabilities float32 [rows, vocab]."""
+    picked = log_probs.gather(1, torch.from_numpy(targets).to(log_probs.device)[:, None])[:, 0]
+    return -picked.double().cpu().numpy()
 
 
 def _chunks(
