@@ -1,4 +1,4 @@
-"""A comparison on the terminal, and as a picture: each difference with its interval beside the line of no difference."""
+"""A comparison on the terminal, and as a picture: each difference with its interval beside zero."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def differences_table(comparison: Comparison) -> Table:
     """A row per figure and pair, with what may be said of it."""
     table = Table(title="differences, first less second", box=SIMPLE_HEAD)
     for name in ("figure", "first", "second", "difference", "perplexity", f"{comparison.how.level:.0%} interval", ""):
-        table.add_column(name, overflow="fold", justify="left" if name in ("figure", "first", "second", "") else "right")
+        table.add_column(
+            name, overflow="fold", justify="left" if name in ("figure", "first", "second", "") else "right"
+        )
     for difference in comparison.differences:
         interval = difference.interval
         words = (

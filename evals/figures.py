@@ -27,7 +27,7 @@ memory.contexts,predicted,budget.**
 speed.prompt_tps,generate_tps,first_token_s
 speed.contexts.**
 tasks.*.**
-long_context.*.**
+long_context.**
 lightness.**
 structure.prefix_token,tokenizer,chat_template,rope,settings,shape.equal
 structure.differences

@@ -52,7 +52,7 @@ def judge(
 ) -> Verdict:
     """Apply the rules to an evaluation's JSON.
 
-    ``base``: the base's own evaluation, for bounds against it. ``missing``: why a section was not measured, by its name.
+    ``base``: the base's own evaluation, for bounds against it. ``missing``: why a section was not measured, by name.
     """
     checks = [check for rule in rules.rules for check in _apply(rule, facts, base, missing or {})]
     return Verdict(str(facts.get("artifact", "")), tuple(checks))

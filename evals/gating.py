@@ -27,7 +27,9 @@ SAME_IDS = ("tokenizer", "prefix_token")
 class GateSettings(EvalSettings):
     """What `gate` can be told: the rules, where the verdict goes, and all that an evaluation can be told."""
 
-    rules: tuple[str, ...] = field(default=(), metadata={"help": "YAML files of rules, or ready ones: 4bit, 8bit, 8gb"})
+    rules: tuple[str, ...] = field(
+        default=(), metadata={"help": "YAML files of rules, or ready ones: 4bit, 8bit, 8gb, kv"}
+    )
     measured: Path | None = field(
         default=None, metadata={"help": "judge this JSON of llmlite eval; nothing is measured"}
     )
@@ -100,7 +102,9 @@ def _eval_settings(rules: Rules, settings: GateSettings, location: Location) -> 
     known = {name: getattr(settings, name) for name in EvalSettings.__dataclass_fields__}
     for section in KEPT:
         known[section] = known[section] or rules.needs(section)
-    needs_base = rules.needs("structure") or any(rule.needs_base or ".divergence." in rule.figure for rule in rules.rules)
+    needs_base = rules.needs("structure") or any(
+        rule.needs_base or ".divergence." in rule.figure for rule in rules.rules
+    )
     if known["base"] is None and needs_base:
         source = (read_manifest(location.directory) or {}).get("base", {}).get("source")
         if isinstance(source, str) and Path(source).exists():
@@ -128,10 +132,10 @@ def _measure(
     facts = dict(measured(artifact, wanted))
     if structure is not None:
         facts["structure"] = structure.to_json()
-    if wanted.base is not None and not wanted.text and "texts" in facts:  # kept ones: of these weights, and this base?
-        if facts.get("base_sha256") != digest_of(find(wanted.base)):
-            missing.setdefault("texts", "the figures that llmlite.json holds are against another base")
-            del facts["texts"]
+    kept = facts.get("texts") if wanted.base is not None and not wanted.text else None
+    if kept and facts.get("base_sha256") != digest_of(find(str(wanted.base))):
+        missing.setdefault("texts", "the figures that llmlite.json holds are against another base")
+        del facts["texts"]
     if rules.needs("texts"):
         missing.setdefault("texts", "name a text with --text, and the base with --base")
     return facts, {section: reason for section, reason in missing.items() if reason}

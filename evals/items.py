@@ -1,18 +1,17 @@
-"""The results of tasks, item by item, as an evaluation's JSON has them.
+"""The results of tasks and of questions on long contexts, item by item, as an evaluation's JSON has them.
 
-Of a task ``tasks.<name>``, a metric's items are the list ``<metric>.items`` or ``items.<metric>``: a number, true or
-false for each item, in the task's order. ``items_sha256``, where it is there, says which items they are.
+``tasks.<name>.<metric>.items`` is a list of a number, true or false for each item, in the task's order.
+``long_context.items`` has a row for each question: its task, length and sample, the share ``match`` of what was
+expected in the answer, and ``logprob`` of the right answer's ``tokens``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-SECTIONS = ("tasks", "long_context")
 
 
 @dataclass(frozen=True)
@@ -26,24 +25,33 @@ class Items:
 
 def task_items(facts: Mapping[str, Any]) -> dict[str, Items]:
     """By address, as in ``tasks.hellaswag.acc``: every metric whose items are there."""
+    return {**_tasks(facts.get("tasks", {})), **_questions(facts.get("long_context", {}))}
+
+
+def _tasks(tasks: Mapping[str, Any]) -> dict[str, Items]:
+    return {
+        f"tasks.{name}.{metric}": _items(of["items"], f"{task.get('shots')} {task.get('chat')} {task.get('harness')}")
+        for name, task in tasks.items() if isinstance(task, Mapping)
+        for metric, of in task.items() if isinstance(of, Mapping) and _numbers(of.get("items"))
+    }  # fmt: skip
+
+
+def _questions(long_context: Mapping[str, Any]) -> dict[str, Items]:
+    """Per task over all lengths, and over all questions: ``match``, and ``logprob`` per token of the right answer."""
+    rows = [row for row in long_context.get("items") or [] if isinstance(row, Mapping) and row.get("tokens")]
     out = {}
-    for section in SECTIONS:
-        for name, task in facts.get(section, {}).items():
-            if isinstance(task, Mapping):
-                for metric, values in _lists(task):
-                    counts = np.ones(len(values), np.int64)
-                    identity = str(task.get("items_sha256", len(values)))
-                    out[f"{section}.{name}.{metric}"] = Items(np.asarray(values, np.float64), counts, identity)
+    asked = f"{long_context.get('seed')} {long_context.get('text_sha256')} {long_context.get('chat')}"
+    for task in ("all", *dict.fromkeys(str(row["task"]) for row in rows)):
+        chosen = [row for row in rows if task in ("all", row["task"])]
+        if chosen:
+            which = asked + str([(row["task"], row["length"], row["sample"]) for row in chosen])
+            out[f"long_context.{task}.match"] = _items([row["match"] for row in chosen], which)
+            out[f"long_context.{task}.logprob"] = _items([row["logprob"] / row["tokens"] for row in chosen], which)
     return out
 
 
-def _lists(task: Mapping[str, Any]) -> Iterator[tuple[str, list]]:
-    below = task.get("items")
-    if isinstance(below, Mapping):
-        yield from ((metric, values) for metric, values in below.items() if _numbers(values))
-    for metric, of in task.items():
-        if isinstance(of, Mapping) and _numbers(of.get("items")):
-            yield metric, of["items"]
+def _items(values: list, identity: str) -> Items:
+    return Items(np.asarray(values, np.float64), np.ones(len(values), np.int64), identity)
 
 
 def _numbers(values: Any) -> bool:

@@ -28,7 +28,7 @@ from llmlite.plan.budget import parse_size
 BOUNDS = ("at_most", "at_least", "equals", "at_most_times_base", "at_least_times_base")
 OF_BASE = "_times_base"
 KEYS = ("figure", "because", *BOUNDS)
-READY = ("4bit", "8bit", "8gb")
+READY = ("4bit", "8bit", "8gb", "kv")
 
 
 @dataclass(frozen=True)

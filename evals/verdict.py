@@ -64,7 +64,11 @@ def _xml(text: str) -> str:
 def verdict_markdown(verdict: Verdict) -> str:
     """The verdict as GitHub shows it in a step's summary: a heading, one sentence, a table."""
     failed = sum(not check.passed for check in verdict.checks)
-    mark = f"✅ passed, {len(verdict.checks)} checks" if verdict.passed else f"❌ failed, {failed} of {len(verdict.checks)}"
+    mark = (
+        f"✅ passed, {len(verdict.checks)} checks"
+        if verdict.passed
+        else f"❌ failed, {failed} of {len(verdict.checks)}"
+    )
     lines = [f"### Gate: {cell(verdict.artifact)}", "", f"{mark}.", ""]
     lines += [row(["", "figure", "value", "bound", "why"]), row(["---"] * 5)]
     for check in verdict.checks:

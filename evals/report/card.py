@@ -50,6 +50,7 @@ def with_section(before: bytes, section: str, where: str) -> bytes:
     start, end = before.find(BEGIN), before.find(END)
     if (starts, ends) != (1, 1) or end < start:
         raise InputError(
-            f"{where}: has {starts} begin and {ends} end markers of an llmlite report; one of each, in this order, is right"
+            f"{where}: has {starts} begin and {ends} end markers of an llmlite report; one of each, in this order, is "
+            "right"
         )
     return before[:start] + inner + before[end + len(END) :]

@@ -34,7 +34,10 @@ def markdown_page(
     """The same without pictures; ``level``: of the first heading. What was not measured is named at the end."""
     mark = "#" * level
     lines = [f"{mark} {cell(title)}", ""]
-    lines += [f"- {cell(what)}: **{cell(figure)}**{f' ({cell(remark)})' if remark else ''}" for what, figure, remark in headline]
+    lines += [
+        f"- {cell(what)}: **{cell(figure)}**{f' ({cell(remark)})' if remark else ''}"
+        for what, figure, remark in headline
+    ]
     for section in sections:
         if section.tables:
             lines += ["", f"{mark}# {cell(section.title)}", ""]

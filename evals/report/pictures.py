@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from llmlite.evals.report.views import Picture, pick
 
@@ -26,7 +27,7 @@ STYLE = {
     "axes.axisbelow": True, "figure.facecolor": "none", "axes.facecolor": "none", "legend.frameon": False,
     "legend.fontsize": 8, "lines.linewidth": 1.8,
 }  # fmt: skip
-SIZE = (5.4, 3.5)  # inches: two stand side by side on a screen, one on a phone
+SIZE = (4.8, 3.2)  # inches: two stand side by side on a screen, one on a phone
 GIB = 2**30
 CARD = 8  # GiB
 SHORT = 26  # letters of a name in a picture
@@ -72,8 +73,9 @@ def _plain(value: float, _: int) -> str:
 
 def _scale(axis: Any, log: bool) -> None:
     if log:
-        axis.axes.set_xscale("log") if axis.axis_name == "x" else axis.axes.set_yscale("log")
+        axis.axes.set_yscale("log")
         axis.set_minor_formatter(NullFormatter())
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter(FuncFormatter(_plain))
 
 
@@ -89,7 +91,7 @@ def size_quality(evaluations: Evaluations) -> Picture | None:
             if found and facts.get("bytes"):
                 points[name] = (facts["bytes"] / 1e6, sum(found) / len(found))
         if len(points) > 1:
-            return draw("Size against quality: lower left is better", lambda axes, p=points, l=label: _points(axes, p, l))
+            return draw("Size against quality: lower left is better", partial(_points, points=points, label=label))
     return None
 
 
@@ -189,12 +191,9 @@ def memory(evaluations: Evaluations) -> Picture | None:
                 axes.scatter(*zip(*peaks, strict=True), color=colour, marker=MARKERS[number % 6], s=36, zorder=3)
             top = max([top, *line, *(y for _, y in peaks)])
         axes.axhline(CARD, color=INK, linestyle="--", linewidth=1.2)
-        _scale(axes.xaxis, log=True)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"))
+        _contexts(axes)
         axes.set_ylim(0, max(top, CARD) * 1.12)
         axes.annotate("8 GiB", (contexts[0], CARD), xytext=(2, 3), textcoords="offset points", fontsize=8, color=INK)
-        axes.set_xlabel("context (tokens)")
         axes.set_ylabel("GiB")
         _legend(axes, handles, list(known))
 
@@ -217,12 +216,42 @@ def speed(evaluations: Evaluations) -> Picture | None:
                 [one["median"] - one["minimum"] for one in at], [one["maximum"] - one["median"] for one in at],
             ]  # fmt: skip
             x, mark = [one["context"] for one in of], MARKERS[number % 6]
-            handles.append(axes.errorbar(x, middle, yerr=errors, color=SERIES[number % 6], marker=mark, ms=4, capsize=3))
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"))
+            handles.append(
+                axes.errorbar(x, middle, yerr=errors, color=SERIES[number % 6], marker=mark, ms=4, capsize=3)
+            )
+        _contexts(axes)
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("context (tokens)")
         axes.set_ylabel("answer (tokens per second)")
         _legend(axes, handles, list(known))
 
     return draw("Speed against context", paint)
+
+
+def long_context(evaluations: Evaluations) -> Picture | None:
+    """Log-probability of the right answers against the length of the context, a line per artifact, over all tasks."""
+    lines = {}
+    for name, facts in evaluations.items():
+        found: dict[int, list[float]] = {}
+        for at in (pick(facts, "long_context.tasks") or {}).values():
+            for length, of in at.items():
+                found.setdefault(int(length), []).append(of["logprob"]["value"])
+        if len(found) > 1:
+            lines[name] = [(length, sum(values) / len(values)) for length, values in sorted(found.items())]
+    if not lines:
+        return None
+
+    def paint(axes: Any) -> None:
+        handles = []
+        for number, points in enumerate(lines.values()):
+            handles += axes.plot(*zip(*points, strict=True), color=SERIES[number % 6], marker=MARKERS[number % 6], ms=4)
+        _contexts(axes)
+        axes.set_ylabel("log-probability per token (nats)")
+        _legend(axes, handles, list(lines))
+
+    return draw("The right answer's log-probability against context: higher is better", paint)
+
+
+def _contexts(axes: Any) -> None:
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1024:g}K" if x >= 1024 else f"{x:g}"))
+    axes.set_xlabel("context (tokens)")

@@ -28,7 +28,9 @@ class ReportSettings:
     model_card: bool = field(
         default=False, metadata={"help": "also write a section into the artifact's README.md, between markers"}
     )
-    rules: tuple[str, ...] = field(default=(), metadata={"help": "YAML files of rules, or 4bit, 8bit, 8gb: judge, too"})
+    rules: tuple[str, ...] = field(
+        default=(), metadata={"help": "YAML files of rules, or 4bit, 8bit, 8gb, kv: judge by them"}
+    )
     base_measured: Path | None = field(
         default=None, metadata={"help": "the base's own evaluation as JSON, for rules against it"}
     )

@@ -6,25 +6,24 @@ A section whose figures nobody measured says so. Everything in it is plain text,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from llmlite.evals.gate import Verdict, number
 from llmlite.evals.report import pictures
 from llmlite.evals.report.tokens import worst_table
-from llmlite.evals.report.views import Picture, Section, Table, flat, percent, pick, share, size, spread, with_error
+from llmlite.evals.report.views import Section, Table, flat, percent, pick, share, size, spread, with_error
 
 Evaluations = Mapping[str, Mapping[str, Any]]
+KEYS_OF_MEMORY = ("weights", "kv_per_token", "peak", "program")
 
 
 def sections(evaluations: Evaluations, verdicts: Sequence[Verdict]) -> list[Section]:
     """Every section in the page's order."""
+    measured = (
+        _quality, _divergence, _perplexity, _positions, _worst, _memory, _speed, _tasks, _long_context, _lightness,
+    )  # fmt: skip
     return [
-        _gate(verdicts),
-        *(make(evaluations) for make in (
-            _quality, _divergence, _perplexity, _positions, _worst, _memory, _speed, _tasks, _long_context, _lightness,
-            _structure, _how,
-        )),
+        *(make(evaluations) for make in measured), _gate(verdicts), _structure(evaluations), _how(evaluations),
     ]  # fmt: skip
 
 
@@ -55,8 +54,8 @@ def _gate(verdicts: Sequence[Verdict]) -> Section:
         rows = [
             (
                 "passed" if check.passed else "FAILED", check.figure, number(check.value), check.limit,
-                "; ".join(part for part in (check.reason, check.because) if part),
-            ) for check in verdict.checks
+                "" if check.passed else "; ".join(part for part in (check.reason, check.because) if part),
+            ) for check in sorted(verdict.checks, key=lambda check: check.passed)
         ]  # fmt: skip
         tables.append(Table(f"{verdict.artifact}: {said}", ("", "figure", "value", "bound", "why"), rows, ("value",)))
     return Section("gate", "The gate's verdict", tables=tables, missing="no rules were given: --rules judges by some")
@@ -131,20 +130,21 @@ def _positions(evaluations: Evaluations) -> Section:
     return Section(
         "positions", "By position in the window", pictures=[picture for picture in drawn if picture],
         text="A token's position is the number of tokens it is predicted from. What rises to the right loses long "
-        "contexts.",
+        "contexts.", missing="needs --text",
     )  # fmt: skip
 
 
 def _worst(evaluations: Evaluations) -> Section:
+    name, facts = next(iter(evaluations.items()))
     tables = [
         worst_table(f"{name}, {text}", of["divergence"]["worst"])
-        for name, facts in evaluations.items()
         for text, of in facts.get("texts", {}).items()
         if pick(of, "divergence.worst")
     ]
     return Section(
-        "worst", "The tokens that suffered most", tables=tables, text="By KL; the token itself stands between ⟦ and ⟧."
-    )
+        "worst", "The tokens that suffered most", tables=tables, text=f"Of {name}, by KL; the token itself stands "
+        "between ⟦ and ⟧.", missing="needs --text and --base",
+    )  # fmt: skip
 
 
 def _memory(evaluations: Evaluations) -> Section:
@@ -152,18 +152,19 @@ def _memory(evaluations: Evaluations) -> Section:
     for name, facts in evaluations.items():
         memory = facts.get("memory") or {}
         if memory:
-            keys = ("weights", "kv_per_token", "peak", "program")
-            main.append((name, str(memory.get("device", "-")), *(size(memory.get(key)) for key in keys)))
+            main.append((name, str(memory.get("device", "-")), *(size(memory.get(key)) for key in KEYS_OF_MEMORY)))
         for one in memory.get("contexts") or []:
             keys = ("kv", "activations", "peak", "address_space", "reserved", "driver")
             at.append((name, number(one.get("context")), *(size(one.get(key)) for key in keys)))
-        for key in ("predicted", "budget"):
-            rest += [(name, f"{key}: {what}", value) for what, value in flat(memory.get(key))]
+        others = {key: of for key, of in memory.items() if key not in ("device", "contexts", *KEYS_OF_MEMORY)}
+        rest += [(name, *pair) for pair in flat(others)]
     head = ("artifact", "device", "weights", "cache per token", "peak", "of it the program")
     more = ("artifact", "context", "cache", "activations", "peak", "address space", "reserved", "driver")
     tables = [Table("", head, main, head[2:])] if main else []
     tables += [Table("at each context", more, at, more[1:])] if at else []
-    tables += [Table("predicted, and within a budget", ("artifact", "figure", "value"), rest, ("value",))] if rest else []
+    tables += (
+        [Table("predicted, and within a budget", ("artifact", "figure", "value"), rest, ("value",))] if rest else []
+    )
     return Section(
         "memory", "Memory against context", tables=tables, missing="needs --memory",
         pictures=[picture for picture in [pictures.memory(evaluations)] if picture],
@@ -189,25 +190,49 @@ def _speed(evaluations: Evaluations) -> Section:
     )  # fmt: skip
 
 
-def _figures(evaluations: Evaluations, section: str, title: str, missing: str) -> Section:
-    """A group whose names are known only from what was measured: a row per figure."""
+def _tasks(evaluations: Evaluations) -> Section:
     rows = [
-        (name, task, figure, value)
+        (name, task, *pair)
         for name, facts in evaluations.items()
-        for task, of in (facts.get(section) or {}).items()
-        for figure, value in flat(of)
+        for task, of in (facts.get("tasks") or {}).items()
+        for pair in flat(of)
     ]
     head = ("artifact", "task", "figure", "value")
     tables = [Table("", head, rows, ("value",))] if rows else []
-    return Section(section, title, tables=tables, missing=missing)
-
-
-def _tasks(evaluations: Evaluations) -> Section:
-    return _figures(evaluations, "tasks", "Tasks", "needs --tasks")
+    return Section("tasks", "Tasks", tables=tables, missing="needs --tasks")
 
 
 def _long_context(evaluations: Evaluations) -> Section:
-    return _figures(evaluations, "long_context", "Long context", "needs --long-context")
+    rows, settings = [], []
+    for name, facts in evaluations.items():
+        of = facts.get("long_context") or {}
+        lengths = [
+            (task, length, found) for task, at in (of.get("tasks") or {}).items() for length, found in at.items()
+        ]
+        for task, length, found in [*lengths, *([("all", "all", of["all"])] if of.get("all") else [])]:
+            cells = [cell for key in ("match", "logprob") for cell in _with_change(found.get(key) or {})]
+            rows.append((name, task, str(length), number(found.get("questions")), *cells))
+        asked = {key: of[key] for key in ("seed", "text", "text_sha256", "kv", "chat", "against") if key in of}
+        settings += [(name, *pair) for pair in flat(asked)]
+    head = (
+        "artifact", "task", "length", "questions", "matched", "its change", "p", "log-probability", "change", "p of it",
+    )  # fmt: skip
+    tables = [Table("", head, rows, head[3:])] if rows else []
+    tables += [Table("how it was asked", ("artifact", "what", "value"), settings)] if rows and settings else []
+    return Section(
+        "long_context", "Long context", tables=tables, missing="needs --long-context",
+        pictures=[picture for picture in [pictures.long_context(evaluations)] if picture],
+        text="Matched: the share of what was asked for that the answers have. Log-probability: of the right answer, "
+        "per token, in nats. Changes are against the base on the same questions, p by a sign-flip test.",
+    )  # fmt: skip
+
+
+def _with_change(figure: Mapping[str, Any]) -> tuple[str, str, str]:
+    change = figure.get("change") or {}
+    return (
+        with_error(figure.get("value"), figure.get("stderr")), with_error(change.get("value"), change.get("stderr")),
+        number(change.get("p")),
+    )  # fmt: skip
 
 
 def _lightness(evaluations: Evaluations) -> Section:
@@ -246,7 +271,9 @@ def _how(evaluations: Evaluations) -> Section:
             rows += [("base", str(facts["base"])), ("SHA-256 of the base", str(facts.get("base_sha256", "not kept")))]
         protocol = facts.get("protocol") or {}
         if protocol:
-            rows.append(("protocol", ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None)))
+            rows.append(
+                ("protocol", ", ".join(f"{key} {value}" for key, value in protocol.items() if value is not None))
+            )
         for text, of in facts.get("texts", {}).items():
             rows.append((f"text {text}", f"SHA-256 {of.get('sha256')}"))
         tables.append(Table(name, ("what", "value"), rows))

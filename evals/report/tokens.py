@@ -9,6 +9,7 @@ from llmlite.evals.gate import number
 from llmlite.evals.report.views import Table, percent
 
 SHOWN = 20
+ISOLATE, END = "\u2068", "\u2069"  # keep a token's direction of writing to itself
 VISIBLE = str.maketrans({"\n": "↵", "\t": "⇥", "\r": "␍"})
 
 
@@ -33,7 +34,7 @@ def visible(text: Any) -> str:
 
 def _in_place(token: Mapping[str, Any]) -> str:
     before, text, after = (visible(token.get(key, "")) for key in ("before", "text", "after"))
-    return f"…{before}⟦{text}⟧{after}…"
+    return f"…{before}⟦{ISOLATE}{text}{END}⟧{after}…"
 
 
 def _liked(token: Mapping[str, Any], key: str) -> str:

@@ -11,12 +11,18 @@ from llmlite.evals.gate import number
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain text; columns named in ``right`` hold figures."""
+    """Rows of plain text; columns named in ``right`` hold figures, and those without any figure are left out."""
 
     caption: str
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     right: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        empty = [all(row[n] == "-" for row in self.rows) and name in self.right for n, name in enumerate(self.head)]
+        object.__setattr__(self, "head", tuple(name for name, out in zip(self.head, empty, strict=True) if not out))
+        rows = [tuple(cell for cell, out in zip(row, empty, strict=True) if not out) for row in self.rows]
+        object.__setattr__(self, "rows", rows)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,10 @@ def swapped_template(directory):
 
 
 FAULTS = {
-    "a layer's weights shuffled": (shuffle_a_layer, {"texts.words.divergence.mean_kl", "texts.words.divergence.same_top"}),
+    "a layer's weights shuffled": (
+        shuffle_a_layer,
+        {"texts.words.divergence.mean_kl", "texts.words.divergence.same_top"},
+    ),
     "a wrong RoPE base": (wrong_rope_base, {"structure.rope.equal"}),
     "a missing BOS": (missing_bos, {"structure.prefix_token.equal", "texts.*.divergence.mean_kl"}),
     "a chat template swapped": (swapped_template, {"structure.chat_template.equal"}),
@@ -112,27 +115,31 @@ def test_a_good_artifact_passes(base, text, rules, tmp_path, capsys):
     assert "gate passed: 10 checks" in capsys.readouterr().out
 
 
-RETRIEVAL = """
-rules:
-  - figure: long_context.multi_key.accuracy
-    at_least_times_base: 0.95
-    because: a cache type that breaks retrieval leaves short texts as they were
-  - figure: long_context.multi_key.answer_log_probability
-    at_least: -1.5
-"""
+def retrieval(match, logprob, against=(0.96, -0.4)):
+    """The long-context part of an evaluation, with its changes against the base."""
+    figures = {
+        "match": {"value": match, "change": {"value": match - against[0], "p": 0.001}},
+        "logprob": {"value": logprob, "change": {"value": logprob - against[1], "p": 0.001}},
+    }
+    return {"all": {"questions": 40, **figures}, "tasks": {"uuid": {"8192": {"questions": 40, **figures}}}}
 
 
-def test_a_kv_type_that_breaks_retrieval_turns_the_gate_red(tmp_path):
-    rules, whole, broken = (tmp_path / name for name in ("kv.yaml", "f16.json", "q4.json"))
-    rules.write_text(RETRIEVAL)
+@pytest.mark.parametrize(
+    ("found", "status", "failed"),
+    [
+        ((0.95, -0.42), 0, []),
+        ((0.31, -4.8), 1, ["long_context.all.match.change.value", "long_context.all.logprob.change.value"]),
+        ((0.96, -0.9), 1, ["long_context.all.logprob.change.value"]),  # every needle found, with less certainty
+    ],
+)
+def test_a_kv_type_that_breaks_retrieval_turns_the_gate_red(tmp_path, found, status, failed):
+    file, out = tmp_path / "facts.json", tmp_path / "verdict.json"
     facts = {"artifact": "a", "engine": {"name": "llama.cpp"}, "texts": {"wiki": {"divergence": {"mean_kl": 0.001}}}}
-    f16 = {**facts, "long_context": {"multi_key": {"accuracy": 0.96, "answer_log_probability": -0.4}}}
-    q4 = {**facts, "long_context": {"multi_key": {"accuracy": 0.31, "answer_log_probability": -4.8}}}
-    whole.write_text(json.dumps(f16))
-    broken.write_text(json.dumps(q4))
-    words = ["--rules", str(rules), "--base-measured", str(whole)]
-    assert main(["gate", "a", *words, "--measured", str(whole)]) == 0
-    assert main(["gate", "a", *words, "--measured", str(broken)]) == 1
+    file.write_text(json.dumps({**facts, "long_context": retrieval(*found)}))
+    assert main(["gate", "a", "--rules", "kv", "--measured", str(file), "--json", str(out)]) == status
+    assert failures(out) == failed
+    file.write_text(json.dumps(facts))
+    assert main(["gate", "a", "--rules", "kv", "--measured", str(file)]) == 1, "not measured is not passed"
 
 
 @pytest.mark.parametrize("family", gguf_models.CONFIGS)
@@ -156,7 +163,9 @@ def test_faults_in_a_gguf_header_are_seen(base, tmp_path):
 
     theta = read_gguf(file).metadata["llama.rope.freq_base"]
     assert planted("tokenizer.ggml.add_bos_token", b"\x01", b"\x00") == {"prefix_token"}
-    assert planted("llama.attention.layer_norm_rms_epsilon", struct.pack("<f", 1e-6), struct.pack("<f", 1e-3)) == {"settings"}
+    assert planted("llama.attention.layer_norm_rms_epsilon", struct.pack("<f", 1e-6), struct.pack("<f", 1e-3)) == {
+        "settings"
+    }
     changed = planted("llama.context_length", struct.pack("<I", 512), struct.pack("<I", 256))
     assert changed == {"settings"}
     assert theta == 500000.0
@@ -189,11 +198,17 @@ def verdict(rules, facts=FACTS, base=None):
 
 def test_figures_are_found_by_address():
     assert lookup(FACTS, "texts.one.divergence.mean_kl") == {"texts.one.divergence.mean_kl": 0.05}
-    assert lookup(FACTS, "texts.*.perplexity.value") == {"texts.one.perplexity.value": 10.5, "texts.two.perplexity.value": 30.0}
+    assert lookup(FACTS, "texts.*.perplexity.value") == {
+        "texts.one.perplexity.value": 10.5,
+        "texts.two.perplexity.value": 30.0,
+    }
     assert lookup(FACTS, "memory.contexts.*.peak") == {"memory.contexts.0.peak": 5, "memory.contexts.1.peak": 9}
     assert lookup(FACTS, "structure.rope.detail") == {}, "text is no figure"
     assert lookup({"tasks": {"a.b": {"acc,none": 0.5}}}, "tasks.a.b.acc,none") == {"tasks.a.b.acc,none": 0.5}
-    assert expand(FACTS, "texts.*.divergence.mean_kl") == {"texts.one.divergence.mean_kl": 0.05, "texts.two.divergence.mean_kl": None}
+    assert expand(FACTS, "texts.*.divergence.mean_kl") == {
+        "texts.one.divergence.mean_kl": 0.05,
+        "texts.two.divergence.mean_kl": None,
+    }
     assert expand({}, "texts.*.divergence.mean_kl") == {"texts.*.divergence.mean_kl": None}
 
 
@@ -234,7 +249,10 @@ def test_a_missing_figure_fails():
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ({"rules": [{"figure": "bytes", "at_mots": 1}]}, r"test, rule 1: unknown key 'at_mots'; did you mean at_most\?"),
+        (
+            {"rules": [{"figure": "bytes", "at_mots": 1}]},
+            r"test, rule 1: unknown key 'at_mots'; did you mean at_most\?",
+        ),
         ({"rules": [{"figure": "bytes"}]}, "bytes has no bound; one of at_most"),
         ({"rules": [{"at_most": 1}]}, "figure is None; an address"),
         ({"rules": [{"figure": "bytes", "at_most": "much"}]}, "at_most is 'much'; a number is right"),
@@ -267,13 +285,13 @@ def test_unknown_addresses_are_refused_with_the_nearest(address, sentence):
     check_address("new.figure", {"new": {"figure": 1}}, "test")
 
 
-@pytest.mark.parametrize("name", ["4bit", "8bit", "8gb"])
+@pytest.mark.parametrize("name", ["4bit", "8bit", "8gb", "kv"])
 def test_the_ready_rules_are_rules(name):
     rules = read_rules((name,))
     for rule in rules.rules:
         check_address(rule.figure, None, name)
     with pytest.raises(InputError, match=f"did you mean {name}"):
-        read_rules((name.replace("b", "v"),))
+        read_rules((f"{name}x",))
 
 
 def test_bad_rules_are_status_2(base, tmp_path, capsys):
@@ -286,11 +304,24 @@ def test_bad_rules_are_status_2(base, tmp_path, capsys):
 def test_the_verdict_for_programs(tmp_path, monkeypatch):
     facts, rules = tmp_path / "facts.json", tmp_path / "gate.yaml"
     facts.write_text(json.dumps({**FACTS, "artifact": "a\x00<b>|@c"}))
-    rules.write_text("rules:\n  - {figure: bytes, at_most: 999, because: '<b> | *x*'}\n  - {figure: memory.peak, at_most: 8 GiB}\n")
+    rules.write_text(
+        "rules:\n  - {figure: bytes, at_most: 999, because: '<b> | *x*'}\n  - {figure: memory.peak, at_most: 8 GiB}\n"
+    )
     junit, summary, steps = (tmp_path / name for name in ("junit.xml", "summary.md", "steps.md"))
     steps.write_text("before\n")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(steps))
-    words = ["gate", "a", "--rules", str(rules), "--measured", str(facts), "--junit", str(junit), "--summary", str(summary)]
+    words = [
+        "gate",
+        "a",
+        "--rules",
+        str(rules),
+        "--measured",
+        str(facts),
+        "--junit",
+        str(junit),
+        "--summary",
+        str(summary),
+    ]
     assert main(words) == 1
     assert steps.read_text() == "before\n", "an environment variable alone changes nothing"
     assert main([*words, "--github-summary"]) == 1
