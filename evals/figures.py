@@ -95,7 +95,8 @@ def check_address(address: str, facts: Mapping[str, Any] | None, where: str) -> 
     """`InputError` with the nearest known name for an address that no evaluation has, ``facts`` neither."""
     if facts is not None and lookup(facts, address):
         return
-    place, done = SCHEMA, []
+    place: dict = SCHEMA
+    done: list[str] = []
     for part in address.split("."):
         if ANY in place:
             return

@@ -166,13 +166,17 @@ def _render(tokenizer: Any, turns: list) -> str:
 
 
 def _compare_configs(base: dict, artifact: dict) -> dict[str, Aspect]:
-    ours, theirs = (meta_model(config, "config.json") for config in (base, artifact))
+    ours, theirs = (_model(config) for config in (base, artifact))
     one, other = (model.config.get_text_config().to_dict() for model in (ours, theirs))
     return {
         "rope": _same_rope(ours, theirs),
         "settings": _same_keys(SETTINGS, one, other),
         "shape": _same_keys((*SHAPE, "head_dim"), _with_head_dim(one), _with_head_dim(other)),
     }
+
+
+def _model(config: dict) -> Any:
+    return meta_model(config, "config.json")
 
 
 def _with_head_dim(config: dict) -> dict:
@@ -218,7 +222,8 @@ def _frequencies(model: Any) -> dict[str, torch.Tensor]:
     out = {}
     for name, module in model.named_modules():
         if name.split(".")[-1].startswith("rotary_emb"):
-            fresh = type(module)(config=model.config.get_text_config())
+            kind: Any = type(module)
+            fresh = kind(config=model.config.get_text_config())
             for key, buffer in fresh.named_buffers():
                 if key.endswith("inv_freq") and not key.endswith("original_inv_freq"):
                     out[f"{name}.{key}"] = buffer.float()

@@ -20,7 +20,7 @@ INK, FAINT = "#0a0b0c", "#1a1b1c"
 SERIES = ("#aa0001", "#aa0002", "#aa0003", "#aa0004", "#aa0005", "#aa0006")
 VARIABLES = {INK: "var(--ink)", FAINT: "var(--line)"} | {c: f"var(--s{n})" for n, c in enumerate(SERIES, 1)}
 MARKERS = "osD^vP"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "llmlite", "text.parse_math": False, "font.size": 9,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "grid.color": FAINT, "axes.grid": True,
@@ -35,7 +35,9 @@ SHORT = 26  # letters of a name in a picture
 
 def draw(caption: str, paint: Callable[[Any], None]) -> Picture:
     """One set of axes, painted by ``paint``, as an SVG element whose ids are its own."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own matplotlibrc says
+        matplotlib.rcParams.update(STYLE)
         figure = Figure(figsize=SIZE, layout="constrained")
         paint(figure.subplots())
         out = io.StringIO()

@@ -53,7 +53,7 @@ def test_windows_count_by_their_tokens():
 
 def test_many_comparisons_need_wider_intervals():
     generator = np.random.default_rng(1)
-    first, second, counts = sums(generator, 30, 0.45), sums(generator, 30, 0), np.ones(30)
+    first, second, counts = sums(generator, 30, 0.7), sums(generator, 30, 0), np.ones(30)
     alone = paired(first, second, counts, Resampling())
     many = paired(first, second, counts, Resampling(comparisons=50))
     assert (alone.family_low, alone.family_high) == (alone.low, alone.high)
@@ -123,7 +123,10 @@ def test_items_of_tasks_and_of_long_contexts_are_series():
     assert found["tasks.hella.acc"].sums.tolist() == [1, 0, 1]
     assert found["long_context.uuid.logprob"].sums.tolist() == [0, -1, -2, -3]
     assert found["long_context.all.match"].sums.tolist() == [0, 1, 0, 1]
-    assert set(found) == {"tasks.hella.acc", *(f"long_context.{t}.{m}" for t in ("all", "uuid") for m in ("match", "logprob"))}
+    assert set(found) == {
+        "tasks.hella.acc",
+        *(f"long_context.{t}.{m}" for t in ("all", "uuid") for m in ("match", "logprob")),
+    }
 
 
 def test_names_are_short_and_told_apart():
@@ -155,7 +158,22 @@ def test_compare_by_the_command_line(models, tmp_path, capsys):
     file, out, picture = tmp_path / "much.json", tmp_path / "compared.json", tmp_path / "compared.png"
     assert main(["eval", str(models / "much"), *words, *against, "--json", str(file)]) == 0
     capsys.readouterr()
-    assert main(["compare", str(models / "little"), str(file), *words, *against, "--json", str(out), "--picture", str(picture)]) == 0
+    assert (
+        main(
+            [
+                "compare",
+                str(models / "little"),
+                str(file),
+                *words,
+                *against,
+                "--json",
+                str(out),
+                "--picture",
+                str(picture),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "real" in said and "Bonferroni" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -166,7 +184,9 @@ def test_compare_by_the_command_line(models, tmp_path, capsys):
     assert kl["first_value"] == pytest.approx(little["mean_kl"], rel=1e-6), "means of windows are the mean over tokens"
     assert kl["interval"]["difference"] == pytest.approx(little["mean_kl"] - much["mean_kl"], rel=1e-6)
     nll = next(d for d in found["differences"] if d["figure"] == "texts.words.nll")
-    assert math.exp(nll["first_value"]) == pytest.approx(found["artifacts"]["little"]["texts"]["words"]["perplexity"]["value"])
+    assert math.exp(nll["first_value"]) == pytest.approx(
+        found["artifacts"]["little"]["texts"]["words"]["perplexity"]["value"]
+    )
 
 
 def test_other_tokens_are_not_compared(models, tmp_path):
