@@ -82,7 +82,10 @@ def compare_structure(base: Location, artifact: Location) -> Structure:
             except InputError as error:
                 unknown.update(dict.fromkeys(names, str(error)))
         if len(sides) == 2:
-            aspects.update(compare(*sides))
+            try:
+                aspects.update(compare(*sides))
+            except (InputError, *CONFIG_ERRORS) as error:
+                unknown.update(dict.fromkeys(names, f"can't be compared ({first_line(error)})"))
     return Structure(aspects, unknown)
 
 

@@ -150,6 +150,17 @@ def test_a_gguf_file_has_the_structure_of_the_checkpoint_it_was_written_from(fam
     assert {name: found.aspects[name].detail for name in ASPECTS} == dict.fromkeys(ASPECTS, "")
 
 
+def test_what_cannot_be_compared_is_unknown_and_not_equal(base, tmp_path):
+    artifact = copy_of(base, tmp_path / "artifact")
+    edit_config(artifact, model_type="mamba9")
+    found = compare_structure(find(base), find(artifact))
+    assert set(found.aspects) == {"tokenizer", "prefix_token", "chat_template"}
+    assert "mamba9" in found.unknown["rope"]
+    verdict = judge(read_rules(("4bit",)), {"structure": found.to_json()})
+    failed = {check.figure for check in verdict.checks if not check.passed and check.figure.startswith("structure.")}
+    assert failed == {"structure.rope.equal", "structure.settings.equal", "structure.shape.equal"}
+
+
 def test_faults_in_a_gguf_header_are_seen(base, tmp_path):
     file = gguf_models.gguf_of(copy_of(base, tmp_path / "artifact"), "f16")
     raw = file.read_bytes()

@@ -145,6 +145,7 @@ def test_pictures_take_the_pages_colours_and_are_xml(page):
     for svg in pictures:
         ElementTree.fromstring(svg.replace("xlink:href", "href"))
         assert "var(--ink)" in svg
+    assert "$x$" in pictures[0], "a name is no formula"
     for colour, variable in VARIABLES.items():
         assert colour not in source
         assert source.count(f"{variable[4:-1]}:") == 2, "one for light, one for dark"
