@@ -23,6 +23,7 @@ from llmlite.evals.probe import probe
 from llmlite.evals.score import Score, score
 from llmlite.evals.size import Size, measure_size
 from llmlite.evals.speed import Speed
+from llmlite.evals.structure import Structure, compare_structure
 from llmlite.evals.texts import Text, read_texts
 
 ProtocolName = Literal["llama.cpp", "paper", "sliding"]
@@ -93,8 +94,8 @@ class EvalSettings:
 class Evaluation:
     """Everything measured of one artifact. ``scores`` has what each text gave, by its name; unmeasured is None.
 
-    ``sha256`` and ``base_sha256``: the digests of artifact and base (see `digests.digest_of`), None where no text was
-    scored. ``reused``: the texts whose scores are those of an earlier run, kept in llmlite.json.
+    ``structure``: what must be equal in both, None without a base. ``sha256`` and ``base_sha256``: the digests of
+    artifact and base (see `digests.digest_of`). ``reused``: the texts whose scores are those of an earlier run, kept in llmlite.json.
     """
 
     artifact: str
@@ -106,6 +107,7 @@ class Evaluation:
     scores: dict[str, Score]
     memory: Memory | None
     speed: Speed | None
+    structure: Structure | None = None
     sha256: str | None = None
     base_sha256: str | None = None
     reused: tuple[str, ...] = ()
@@ -144,6 +146,8 @@ class Evaluation:
             out["memory"] = dataclasses.asdict(self.memory)
         if self.speed is not None:
             out["speed"] = dataclasses.asdict(self.speed)
+        if self.structure is not None:
+            out["structure"] = self.structure.to_json()
         return out
 
 
@@ -164,7 +168,7 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     if settings.memory or settings.speed:
         memory, speed = probe(location.path, settings.threads)
     conditions = Conditions(
-        sha256=digest_of(location) if texts else None,
+        sha256=digest_of(location),
         base_sha256=base.digest if base is not None else None,
         engine={"name": location.engine, "version": engine_version(location.engine)},
         protocol=settings.scored.to_json(),
@@ -183,6 +187,7 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
         scores={text.name: scores[text.name] for text in texts},
         memory=memory if settings.memory else None,
         speed=speed if settings.speed else None,
+        structure=compare_structure(find(settings.base), location) if settings.base is not None else None,
         sha256=conditions.sha256,
         base_sha256=conditions.base_sha256,
         reused=tuple(known),

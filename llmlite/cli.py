@@ -43,7 +43,7 @@ def _parser() -> Parser:
     parser = Parser(prog="llmlite", description="Make a language model fit the machine at hand, measure it, serve it.")
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
-    for add in (_add_import, _add_quantize, _add_imatrix, _add_eval, _add_serve):
+    for add in (_add_import, _add_quantize, _add_imatrix, _add_eval, _add_compare, _add_gate, _add_report, _add_serve):
         add(verbs)
     return parser
 
@@ -164,6 +164,78 @@ def _eval(given: argparse.Namespace) -> int:
         show([measured])
         show_worst(measured)
     save_in_manifest(given.artifact, measured)
+    return 0
+
+
+def _add_compare(verbs: Any) -> None:
+    from llmlite.evals.compare import CompareSettings
+
+    text = "hold artifacts side by side, and tell real differences from chance"
+    parser = _verb(verbs, "compare", _compare, text, CompareSettings)
+    parser.add_argument("artifacts", nargs="+", metavar="ARTIFACT", help="artifacts, or JSON files of llmlite eval")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw the differences")
+    _json(parser)
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from llmlite.evals.compare import CompareSettings, compare
+    from llmlite.evals.compare_table import comparison_picture, show_comparison
+    from llmlite.evals.table import check_picture
+
+    if given.picture:
+        check_picture(given.picture)
+    found = compare(given.artifacts, settings_from(CompareSettings, given, given.recipe))
+    _write_json(found.to_json(), given.json)
+    if given.picture:
+        comparison_picture(found, given.picture)
+    if given.json != "-":
+        show_comparison(found)
+    return 0
+
+
+def _add_gate(verbs: Any) -> None:
+    from llmlite.evals.gating import GateSettings
+
+    parser = _verb(verbs, "gate", _gate, "judge an artifact by rules; exit status 1 where it fails", GateSettings)
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory or a GGUF file")
+    _json(parser)
+
+
+def _gate(given: argparse.Namespace) -> int:
+    from llmlite.evals.gating import GateSettings, measure_values, run_gate, write_verdict
+    from llmlite.evals.ruleset import read_rules
+    from llmlite.evals.terminal import show_wide
+    from llmlite.evals.verdict import verdict_table
+
+    rules = read_rules(settings_from(GateSettings, given, given.recipe).rules)
+    settings = settings_from(GateSettings, given, given.recipe, under=measure_values(rules))
+    verdict = run_gate(given.artifact, rules, settings)
+    _write_json(verdict.to_json(), given.json)
+    write_verdict(verdict, settings)
+    if given.json != "-":
+        show_wide(verdict_table(verdict))
+    return 0 if verdict.passed else 1
+
+
+def _add_report(verbs: Any) -> None:
+    from llmlite.evals.report.run import ReportSettings
+
+    text = "show what was measured: one page, a model card, Markdown and JSON"
+    parser = _verb(verbs, "report", _report, text, ReportSettings)
+    parser.add_argument("artifact", metavar="ARTIFACT", help="an artifact, or a JSON file of llmlite eval")
+    parser.add_argument("others", nargs="*", metavar="OTHER", help="more of them, to stand beside it")
+    parser.add_argument("-o", dest="out", type=Path, metavar="FILE.html", help="the page to write")
+    _json(parser)
+
+
+def _report(given: argparse.Namespace) -> int:
+    from llmlite.evals.report.run import ReportSettings, write_report
+
+    settings = settings_from(ReportSettings, given, given.recipe)
+    report = write_report([given.artifact, *given.others], given.out, settings)
+    _write_json(report.to_json(), given.json)
+    if given.json != "-":
+        print("\n".join(report.written) or "nothing to write: name a page with -o, --markdown or --model-card")
     return 0
 
 

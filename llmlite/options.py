@@ -32,9 +32,11 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
         parser.add_argument(_flag(item), **_argument(item, hints[item.name]))
 
 
-def settings_from(settings: type[Settings], given: argparse.Namespace, recipe: Path | None) -> Settings:
-    """The dataclass from the recipe file, overridden by the command line."""
-    values = read_recipe(recipe, settings) if recipe else {}
+def settings_from(
+    settings: type[Settings], given: argparse.Namespace, recipe: Path | None, under: dict[str, Any] | None = None
+) -> Settings:
+    """The dataclass from the recipe file, overridden by the command line; ``under`` stands in for the defaults."""
+    values = {**(under or {}), **(read_recipe(recipe, settings) if recipe else {})}
     names = {item.name for item in fields(settings) if "help" in item.metadata}  # type: ignore[arg-type]
     values.update({name: value for name, value in vars(given).items() if name in names})
     for item in fields(settings):  # type: ignore[arg-type]
@@ -53,6 +55,11 @@ def read_recipe(file: Path, settings: type) -> dict[str, Any]:
         raise InputError(f"--recipe {file}: is not YAML ({first_line(error)})") from None
     if not isinstance(values, dict):
         raise InputError(f"--recipe {file}: a list of 'key: value' lines is right")
+    return check_values(values, settings, f"--recipe {file}")
+
+
+def check_values(values: dict, settings: type, where: str) -> dict[str, Any]:
+    """``values`` as the dataclass wants them; `InputError` that begins with ``where`` for unknown keys, wrong types."""
     hints = get_type_hints(settings)
     known = [item.name for item in fields(settings) if "help" in item.metadata]
     out = {}
@@ -61,8 +68,8 @@ def read_recipe(file: Path, settings: type) -> dict[str, Any]:
         if name not in known:
             near = get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
-            raise InputError(f"--recipe {file}: unknown key {key!r}{hint}")
-        out[name] = _checked(value, hints[name], f"--recipe {file}: {key}")
+            raise InputError(f"{where}: unknown key {key!r}{hint}")
+        out[name] = _checked(value, hints[name], f"{where}: {key}")
     return out
 
 
