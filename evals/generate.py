@@ -10,13 +10,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from llmlite.errors import InputError
 from llmlite.evals.engines import ROWS, Engine, LlamaCppEngine, TransformersEngine
-from llmlite.evals.kv import KvTypes
+from llmlite.evals.kv import F16, KvTypes
 from llmlite.evals.kv_rounding import Rounding, rounding
 
 CHUNK = 512  # tokens of one forward pass
@@ -27,13 +28,14 @@ class Reader(ABC):
     """One sequence and its cache.
 
     ``engine``: whose cache it takes over; ``longest``: positions that the model was trained for; ``ends``: the
-    tokens that end an answer; ``start``: the token in front of a text that has none (beginning of text, else end
-    of text); ``can_cut``: the cache can forget its last positions, which sliding windows and recurrent states
-    can't.
+    tokens that end an answer, ``eot`` the tokenizer's own among them; ``start``: the token in front of a text that
+    has none (beginning of text, else end of text); ``can_cut``: the cache can forget its last positions, which
+    sliding windows and recurrent states can't.
     """
 
     longest: int
     ends: frozenset[int]
+    eot: int
     start: int
     can_cut: bool
 
@@ -107,6 +109,10 @@ class Reader(ABC):
         """Text of an answer's ids, control tokens left out."""
 
     @abstractmethod
+    def name(self, token: int) -> str:
+        """Text of one id, a control token by its name."""
+
+    @abstractmethod
     def _forward(self, tokens: np.ndarray, first: int) -> Iterator[torch.Tensor]:
         """Append tokens (`step` at most); log-probabilities float32 [?, vocab] of those from ``first`` on."""
 
@@ -130,7 +136,7 @@ def reader_of(engine: Engine, kv: KvTypes | None = None, context: int = GROWTH) 
     type given here rounds each key and value as that type would store it, without saving memory.
     """
     if isinstance(engine, LlamaCppEngine):
-        return LlamaReader(engine, kv or KvTypes(), context)
+        return LlamaReader(engine, kv or F16, context)
     if isinstance(engine, TransformersEngine):
         return TransformersReader(engine, rounding(kv) if kv else None)
     raise TypeError(f"no reader for {type(engine).__name__}")
@@ -147,8 +153,8 @@ class TransformersReader(Reader):
         self.longest = int(config.to_dict().get("max_position_embeddings") or 1 << 30)
         self.rounding = rounding
         self.ends = _transformers_ends(engine)
-        first = engine.tokenizer.bos_token_id
-        self.start = int(engine.tokenizer.eos_token_id if first is None else first)
+        first, self.eot = engine.tokenizer.bos_token_id, engine.tokenizer.eos_token_id
+        self.start = self.eot if first is None else first
         self._clear()
         kinds = set(config.to_dict().get("layer_types") or ["full_attention"])
         window = config.to_dict().get("sliding_window") if config.to_dict().get("layer_types") is None else None
@@ -160,6 +166,9 @@ class TransformersReader(Reader):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.engine.tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def name(self, token: int) -> str:
+        return self.engine.tokenizer.decode([token])
 
     @torch.inference_mode()
     def _forward(self, tokens: np.ndarray, first: int) -> Iterator[torch.Tensor]:
@@ -182,14 +191,18 @@ class TransformersReader(Reader):
         self.cache.layers = copy.deepcopy(self._saved)
 
 
-def _cache(config, rounding: Rounding | None):
+def _cache(config: Any, rounding: Rounding | None) -> Any:
     from transformers import DynamicCache
+
+    if rounding is None:
+        return DynamicCache(config=config)
+    chosen = rounding
 
     class RoundedCache(DynamicCache):
         def update(self, key_states, value_states, *args, **kwargs):
-            return super().update(*rounding(key_states, value_states), *args, **kwargs)
+            return super().update(*chosen(key_states, value_states), *args, **kwargs)
 
-    return (RoundedCache if rounding else DynamicCache)(config=config)
+    return RoundedCache(config=config)
 
 
 def _transformers_ends(engine: TransformersEngine) -> frozenset[int]:
@@ -211,8 +224,8 @@ class LlamaReader(Reader):
         self.longest = api.llama_model_n_ctx_train(model)
         self.llama.renew(min(context, self.longest), kv)
         self.ends = frozenset(t for t in range(engine.vocab_size) if api.llama_vocab_is_eog(vocab, t))
-        first = api.llama_vocab_bos(vocab)
-        self.start = first if first >= 0 else api.llama_vocab_eos(vocab)
+        first, self.eot = api.llama_vocab_bos(vocab), api.llama_vocab_eos(vocab)
+        self.start = first if first >= 0 else self.eot
         # seq_rm says yes to sliding windows and recurrent states, too, which have forgotten what is needed then
         self.can_cut = not (
             api.llama_model_n_swa(model) or api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
@@ -228,6 +241,9 @@ class LlamaReader(Reader):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return b"".join(self.llama.piece(int(token)) for token in tokens).decode("utf-8", "replace")
+
+    def name(self, token: int) -> str:
+        return self.llama.piece(token, special=True).decode("utf-8", "replace")
 
     def _forward(self, tokens: np.ndarray, first: int) -> Iterator[torch.Tensor]:
         start = len(self.past)
@@ -292,7 +308,7 @@ def greedy(reader: Reader, prompt: np.ndarray, limit: int, stop: Sequence[str] =
         if token in reader.ends:
             break
         tokens = np.append(tokens, token)
-        text = reader.decode(tokens[len(prompt) :])
+        text = reader.decode(tokens[len(prompt) :].tolist())
         if any(word and word in text for word in stop):
             break
     for word in stop:

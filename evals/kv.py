@@ -17,8 +17,8 @@ KV_BITS = {
 class KvTypes:
     """What a cache stores: ``keys`` and ``values``, each a name of `KV_BITS`."""
 
-    keys: str = "f16"
-    values: str = "f16"
+    keys: str
+    values: str
 
     def __str__(self) -> str:
         return f"{self.keys}:{self.values}"
@@ -26,6 +26,9 @@ class KvTypes:
     def nbytes(self, keys: int, values: int) -> float:
         """Bytes of so many key and value elements."""
         return (keys * KV_BITS[self.keys] + values * KV_BITS[self.values]) / 8
+
+
+F16, F32 = KvTypes("f16", "f16"), KvTypes("f32", "f32")
 
 
 def parse_kv(text: str) -> KvTypes:

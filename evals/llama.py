@@ -17,7 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from llmlite.errors import InputError, OutsideError
-from llmlite.evals.kv import KvTypes
+from llmlite.evals.kv import F16, F32, KvTypes
 from llmlite.extras import need
 
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
@@ -59,7 +59,7 @@ class LlamaSettings:
     threads: int | None = None
     mmap: bool = True
     as_trained: bool = False
-    kv: KvTypes = KvTypes()
+    kv: KvTypes = F16
 
 
 class Llama:
@@ -107,7 +107,7 @@ class Llama:
         params.n_batch = params.n_ubatch = min(wanted.batch, positions)
         params.n_outputs_max = min(wanted.outputs, wanted.batch, positions)
         params.type_k, params.type_v = (self._type(name) for name in (wanted.kv.keys, wanted.kv.values))
-        if wanted.kv == KvTypes("f32", "f32"):  # flash attention on a CPU computes in float16, whatever is stored
+        if wanted.kv == F32:  # flash attention on a CPU computes in float16, whatever is stored
             params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_threads = params.n_threads_batch = wanted.threads or len(os.sched_getaffinity(0))
         _log.clear()

@@ -144,7 +144,7 @@ def test_heads_that_blocks_do_not_divide_are_refused(tmp_path):
     engine = open_engine(gguf_models.save_tiny("llama", tmp_path), threads=1)
     with pytest.raises(InputError, match="16 wide"):
         reader_of(engine, KvTypes("q8_0", "f16")).predict(tokens_of(1, 9), 1)
-    with pytest.raises(InputError, match="only llama.cpp"):
+    with pytest.raises(InputError, match="only llama"):
         reader_of(engine, KvTypes("iq4_nl", "f16"))
     engine.close()
 
