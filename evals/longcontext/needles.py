@@ -48,11 +48,12 @@ def passkey(random: np.random.Generator, count: int, size: float) -> Needles:
     """``count`` five-digit keys, each with a name."""
     names = random.choice(NOUNS, count, replace=False)
     keys = [str(random.integers(10000, 100000)) for _ in names]
-    facts = tuple(f"The pass key of the {n} room is {k}. Remember it: {k} is the pass key." for n, k in zip(names, keys))
+    pairs = list(zip(names, keys, strict=True))
+    facts = tuple(f"The pass key of the {n} room is {k}. Remember it: {k} is the pass key." for n, k in pairs)
     questions = tuple(
-        Question("passkey", f"What is the pass key of the {name} room?", f"The pass key of the {name} room is", f" {key}",
-                 (key,), (place,))
-        for place, (name, key) in enumerate(zip(names, keys))
+        Question("passkey", f"What is the pass key of the {name} room?", f"The pass key of the {name} room is",
+                 f" {key}", (key,), (place,))
+        for place, (name, key) in enumerate(pairs)
     )  # fmt: skip
     return Needles(facts, questions)
 
@@ -76,10 +77,11 @@ def multi_value(random: np.random.Generator, count: int, size: float) -> Needles
     numbers = [[str(random.integers(1000000, 10000000)) for _ in range(VALUES)] for _ in names]
     order = [(key, value) for value in range(VALUES) for key in range(count)]  # a key's numbers lie far apart
     facts = tuple(f"One of the magic numbers of the {names[key]} is {numbers[key][value]}." for key, value in order)
+    held = [tuple(n for n, part in enumerate(order) if part[0] == key) for key in range(count)]
     questions = tuple(
         Question(
             "multi_value", f"What are all the magic numbers of the {name}?", f"The magic numbers of the {name} are",
-            " " + _listed(numbers[key]), tuple(numbers[key]), tuple(n for n, part in enumerate(order) if part[0] == key),
+            " " + _listed(numbers[key]), tuple(numbers[key]), held[key],
         )
         for key, name in enumerate(names)
     )  # fmt: skip
@@ -89,9 +91,13 @@ def multi_value(random: np.random.Generator, count: int, size: float) -> Needles
 def variable_tracking(random: np.random.Generator, count: int, size: float) -> Needles:
     """Chains of assignments that pass a number on, interleaved; which variables have it?"""
     letters = [chr(65 + n) for n in range(26)]
-    names = [["".join(random.choice(letters, 3, replace=False)) + str(chain) for _ in range(HOPS + 1)] for chain in range(count)]
+    names = [
+        ["".join(random.choice(letters, 3, replace=False)) + str(chain) for _ in range(HOPS + 1)]
+        for chain in range(count)
+    ]
     numbers = [str(n) for n in random.choice(90000, count, replace=False) + 10000]
-    facts, held = [], [[] for _ in range(count)]  # type: tuple[list[str], list[list[int]]]
+    facts: list[str] = []
+    held: list[list[int]] = [[] for _ in range(count)]
     for hop in range(HOPS + 1):
         for chain in range(count):
             held[chain].append(len(facts))
