@@ -73,7 +73,7 @@ def test_keys_are_no_words_of_the_filler():
 def test_contexts_are_as_long_as_asked_and_the_same_for_the_same_seed(reader):
     (context,) = make_questions(reader, SETTINGS).contexts
     longest = max(len(prompt.tail) + len(prompt.answer) for prompt in context.prompts)
-    assert LENGTH - 60 < len(context.ids) + longest <= LENGTH
+    assert LENGTH - 100 < len(context.ids) + longest <= LENGTH
     text = reader.decode(context.ids.tolist())
     tokens = reader.engine.tokenize
     for prompt in context.prompts:
@@ -146,7 +146,7 @@ def test_a_right_answer_matches_without_being_written(reader, monkeypatch):
 
 
 def test_a_broken_key_cache_shows_in_log_probabilities(reader):
-    settings = replace(SETTINGS, tasks=tuple(TASKS), questions=4)
+    settings = replace(SETTINGS, tasks=tuple(TASKS))
     asked = make_questions(reader, settings)
     usual = ask(reader, asked).answers
     faulty = ask(TransformersReader(reader.engine, lambda k, v: (k.round().clamp(-8, 7), v)), asked).answers
@@ -160,14 +160,14 @@ def test_pairs_are_tested_by_flipping_signs():
     assert paired(np.ones(7), np.zeros(7)).p == 2 / 2**7
     assert paired(np.ones(5), np.ones(5)).p == 1
     assert paired(np.array([1.0, 2, 3]), np.array([0.0, 0, 6])).p == 1  # +1 +2 -3
-    mixed = np.random.default_rng(0).normal(0.3, 1, 60)
+    mixed = np.random.default_rng(0).normal(0.1, 1, 60)
     found = paired(mixed, np.zeros(60))
     normal = float(torch.special.erfc(torch.tensor(abs(found.change / found.stderr) / 2**0.5)))
-    assert found.p == pytest.approx(normal, rel=0.3)
+    assert found.p == pytest.approx(normal, rel=0.1)
     assert found.change == pytest.approx(mixed.mean()) and found.count == 60
 
 
-def test_an_evaluation_compares_with_the_usual_cache(tiny, tmp_path):
+def test_an_evaluation_compares_with_the_usual_cache(tiny):
     settings = EvalSettings(long_context=(LENGTH,), long_context_questions=1, kv="bf16", threads=1)
     result = evaluate(tiny, settings)
     shown = json.loads(json.dumps(result.to_json()))["long_context"]
@@ -178,13 +178,10 @@ def test_an_evaluation_compares_with_the_usual_cache(tiny, tmp_path):
     parts = shown["perplexity"][str(LENGTH)]
     assert [parts[0]["first"], parts[-1]["last"]] == [1, LENGTH - 1] and len(parts) == 8
     assert parts[3]["value"] == pytest.approx(np.exp(parts[3]["nll"]))
-    with Console(width=200).capture() as captured:
-        Console(width=200).print(long_context_table(result.long_context))
-    console = Console(width=200, record=True, file=open(tmp_path / "out", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True)
     console.print(long_context_table(result.long_context))
     text = console.export_text()
     assert "multi_key" in text and "perplexity" in text and "the usual cache" in text
-    assert captured is not None
 
 
 def test_both_engines_answer_alike(tmp_path):
