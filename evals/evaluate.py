@@ -14,8 +14,13 @@ from llmlite.errors import InputError
 from llmlite.evals.base import LazyBase, default_directory, note
 from llmlite.evals.digests import digest_of
 from llmlite.evals.engines import engine_version, open_engine
+from llmlite.evals.generate import reader_of
 from llmlite.evals.kept import Store
+from llmlite.evals.kv import parse_kv
 from llmlite.evals.locate import Location, find
+from llmlite.evals.longcontext.needles import PERPLEXITY, TASKS
+from llmlite.evals.longcontext.result import LongContext
+from llmlite.evals.longcontext.run import LongContextSettings, run_long_context
 from llmlite.evals.measured import Conditions, earlier_scores, save_figures
 from llmlite.evals.memory import Memory
 from llmlite.evals.perplexity import PROTOCOLS, Windows
@@ -24,8 +29,10 @@ from llmlite.evals.score import Score, score
 from llmlite.evals.size import Size, measure_size
 from llmlite.evals.speed import Speed
 from llmlite.evals.structure import Structure, compare_structure
-from llmlite.evals.texts import Text, read_texts
+from llmlite.evals.tasks.run import TaskScore, TaskSettings, run_tasks
+from llmlite.evals.texts import Text, read_text, read_texts
 
+LONG_CONTEXT_TASKS = (*TASKS, PERPLEXITY)
 ProtocolName = Literal["llama.cpp", "paper", "sliding"]
 
 
@@ -61,19 +68,40 @@ class EvalSettings:
     )
     speed: bool = field(default=False, metadata={"help": "measure prompt and generation speed"})
     memory: bool = field(default=False, metadata={"help": "measure weights, cache and peak memory"})
+    tasks: tuple[str, ...] = field(
+        default=(), metadata={"help": "lm-evaluation-harness tasks: names, YAML files or folders of them"}
+    )
+    task_limit: int | None = field(default=None, metadata={"help": "ask only the first N questions of each task"})
+    task_shots: int | None = field(default=None, metadata={"help": "examples in front of each question"})
+    task_chat: bool = field(default=False, metadata={"help": "put tasks into the model's chat template"})
+    long_context: tuple[int, ...] = field(
+        default=(), metadata={"help": "tokens of contexts with hidden facts that questions are asked about"}
+    )
+    long_context_tasks: tuple[str, ...] = field(
+        default=LONG_CONTEXT_TASKS, metadata={"help": f"of {', '.join(LONG_CONTEXT_TASKS)} (default: all)"}
+    )
+    long_context_questions: int = field(default=4, metadata={"help": "questions of each task on each context"})
+    long_context_samples: int = field(default=1, metadata={"help": "contexts of each length"})
+    long_context_text: str | None = field(
+        default=None, metadata={"help": "text to hide the facts in (default: sentences made from the seed)"}
+    )
+    long_context_seed: int = field(default=0, metadata={"help": "of the facts and sentences that are made up"})
+    kv: str | None = field(
+        default=None, metadata={"help": "K:V, types of the cache for tasks and long contexts, such as q8_0:q4_0"}
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: every core)"})
 
     def check(self) -> None:
         """`InputError` for what can't be measured."""
         if self.protocol not in PROTOCOLS:
             raise InputError(f"protocol {self.protocol!r} is unknown; known are {', '.join(PROTOCOLS)}")
-        if self.base is not None and not self.text:
+        if self.base is not None and not self.text and not self.long_context:
             raise InputError("a base without a text: name a text with --text to measure the divergence on")
         if self.cache is not None and self.no_cache:
             raise InputError("--cache and --no-cache together: one of them is right")
         for name, value, least in (
             ("window", self.window, 8), ("windows", self.windows, 1), ("threads", self.threads, 1),
-            ("stride", self.stride, 1),
+            ("stride", self.stride, 1), ("task_limit", self.task_limit, 1), ("task_shots", self.task_shots, 0),
         ):  # fmt: skip
             if value is not None and value < least:
                 raise InputError(f"{name} is {value}; {least} or more is right")
@@ -83,6 +111,9 @@ class EvalSettings:
                 raise InputError(f"a stride belongs to protocol sliding, not to {self.protocol}")
             if self.stride >= length:
                 raise InputError(f"stride is {self.stride}; less than the window's {length} tokens is right")
+        if self.kv is not None and not self.tasks and not self.long_context:
+            raise InputError("kv without tasks or long_context: nothing else here is measured through that cache")
+        long_context_settings(self)
 
     @property
     def scored(self) -> Windows:
@@ -95,7 +126,8 @@ class Evaluation:
     """Everything measured of one artifact. ``scores`` has what each text gave, by its name; unmeasured is None.
 
     ``structure``: what must be equal in both, None without a base. ``sha256`` and ``base_sha256``: the digests of
-    artifact and base (see `digests.digest_of`). ``reused``: the texts whose scores are those of an earlier run, kept in llmlite.json.
+    artifact and base (see `digests.digest_of`). ``reused``: the texts whose scores are those of an earlier run, kept in
+    llmlite.json.
     """
 
     artifact: str
@@ -111,6 +143,8 @@ class Evaluation:
     sha256: str | None = None
     base_sha256: str | None = None
     reused: tuple[str, ...] = ()
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    long_context: LongContext | None = None
 
     @property
     def name(self) -> str:
@@ -148,6 +182,10 @@ class Evaluation:
             out["speed"] = dataclasses.asdict(self.speed)
         if self.structure is not None:
             out["structure"] = self.structure.to_json()
+        if self.tasks:
+            out["tasks"] = {name: scored.to_json() for name, scored in self.tasks.items()}
+        if self.long_context is not None:
+            out["long_context"] = self.long_context.to_json()
         return out
 
 
@@ -191,6 +229,8 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
         sha256=conditions.sha256,
         base_sha256=conditions.base_sha256,
         reused=tuple(known),
+        tasks=_tasks(artifact, settings),
+        long_context=_long_context(artifact, settings),
     )
 
 
@@ -211,6 +251,39 @@ def _scores(location: Location, base: LazyBase | None, settings: EvalSettings, t
         engine = open_engine(location.path, threads=settings.threads, context=settings.scored.length)
         opened.callback(engine.close)
         return {text.name: score(engine, base, text, settings.scored) for text in texts}
+
+
+def _tasks(artifact: str | Path, settings: EvalSettings) -> dict[str, TaskScore]:
+    if not settings.tasks:
+        return {}
+    engine = open_engine(artifact, threads=settings.threads)
+    try:
+        wanted = TaskSettings(settings.tasks, settings.task_limit, settings.task_shots, settings.task_chat)
+        return run_tasks(reader_of(engine, parse_kv(settings.kv) if settings.kv else None), wanted)
+    finally:
+        engine.close()
+
+
+def long_context_settings(settings: EvalSettings) -> LongContextSettings | None:
+    """What is asked on long contexts, checked; None where nothing is."""
+    if not settings.long_context:
+        return None
+    wanted = LongContextSettings(
+        lengths=settings.long_context,
+        tasks=settings.long_context_tasks,
+        samples=settings.long_context_samples,
+        questions=settings.long_context_questions,
+        seed=settings.long_context_seed,
+        text=read_text(settings.long_context_text) if settings.long_context_text else None,
+        kv=parse_kv(settings.kv) if settings.kv else None,
+    )
+    wanted.check()
+    return wanted
+
+
+def _long_context(artifact: str | Path, settings: EvalSettings) -> LongContext | None:
+    wanted = long_context_settings(settings)
+    return run_long_context(artifact, settings.base, wanted, settings.threads) if wanted else None
 
 
 def save_in_manifest(artifact: str | Path, evaluation: Evaluation) -> bool:

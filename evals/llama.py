@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,7 @@ from types import ModuleType
 import numpy as np
 
 from llmlite.errors import InputError, OutsideError
+from llmlite.evals.kv import F16, F32, KvTypes
 from llmlite.extras import need
 
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
@@ -47,7 +48,8 @@ class LlamaSettings:
     ``context``: positions, all sequences together, None for as many as the model was trained for in each of them;
     ``batch``: most tokens of one decode; ``outputs``: most rows of logits of one decode (each takes vocabulary x 4
     bytes); ``threads``: None takes every core this process may use; ``mmap``: False reads the weights into memory
-    of the process's own; ``as_trained``: True refuses a sequence longer than the model was trained for.
+    of the process's own; ``as_trained``: True refuses a sequence longer than the model was trained for; ``kv``:
+    what the cache stores.
     """
 
     context: int | None = 2048
@@ -57,6 +59,7 @@ class LlamaSettings:
     threads: int | None = None
     mmap: bool = True
     as_trained: bool = False
+    kv: KvTypes = F16
 
 
 class Llama:
@@ -103,6 +106,9 @@ class Llama:
         params.n_seq_max = wanted.sequences
         params.n_batch = params.n_ubatch = min(wanted.batch, positions)
         params.n_outputs_max = min(wanted.outputs, wanted.batch, positions)
+        params.type_k, params.type_v = (self._type(name) for name in (wanted.kv.keys, wanted.kv.values))
+        if wanted.kv == F32:  # flash attention on a CPU computes in float16, whatever is stored
+            params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.n_threads = params.n_threads_batch = wanted.threads or len(os.sched_getaffinity(0))
         _log.clear()
         context = self.api.llama_init_from_model(self.model, params)
@@ -113,6 +119,22 @@ class Llama:
                 "a smaller context needs less memory"
             )
         return context
+
+    def _type(self, name: str) -> int:
+        return int(getattr(self.api, f"GGML_TYPE_{name.upper()}"))
+
+    def renew(self, positions: int, kv: KvTypes) -> None:
+        """An empty context of another size and other types of keys and values in place of the present one."""
+        if self.context:
+            self.api.llama_free(self.context)
+        self.context = None
+        self.settings = replace(self.settings, context=positions, kv=kv)
+        self.context = self._new_context()
+
+    @property
+    def positions(self) -> int:
+        """How many positions the context holds, all sequences together."""
+        return self.api.llama_n_ctx(self.context)
 
     def tokenize(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids int32 [n] without anything in front; ``special``: the names of control tokens become them."""
@@ -165,6 +187,31 @@ class Llama:
         """Forget every position of every sequence."""
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
 
+    def cut(self, length: int) -> None:
+        """Forget the positions of sequence 0 from ``length`` on. Not for sliding windows and recurrent states."""
+        if not self.api.llama_memory_seq_rm(self.api.llama_get_memory(self.context), 0, length, -1):
+            raise OutsideError(f"{self.file}: llama.cpp can't forget positions of this model's cache")
+
+    def state(self) -> bytes:
+        """The cache of sequence 0, for `restore`."""
+        buffer = (ctypes.c_uint8 * self.api.llama_state_seq_get_size(self.context, 0))()
+        return bytes(buffer[: self.api.llama_state_seq_get_data(self.context, buffer, len(buffer), 0)])
+
+    def restore(self, state: bytes) -> None:
+        """Put back what `state` gave, into a context that holds at least as many positions of the same types."""
+        buffer = (ctypes.c_uint8 * len(state)).from_buffer_copy(state)
+        if not self.api.llama_state_seq_set_data(self.context, buffer, len(state), 0):
+            raise OutsideError(f"{self.file}: llama.cpp can't take back a cache of {len(state):,} bytes")
+
+    def piece(self, token: int, special: bool = False) -> bytes:
+        """The bytes of a token; ``special``: those of a control token are its name, else nothing."""
+        buffer = ctypes.create_string_buffer(64)
+        length = self.api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        if length < 0:
+            buffer = ctypes.create_string_buffer(-length)
+            length = self.api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+        return buffer.raw[:length]
+
     def metadata(self, key: str) -> str | None:
         """A value of the file's metadata as text, ``{arch}`` in the key replaced by the architecture."""
         if "{arch}" in key:
@@ -174,12 +221,13 @@ class Llama:
         return None if length < 0 else buffer.value.decode("utf-8", "replace")
 
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values (float16) that one more position takes, all layers."""
+        """Bytes of keys and values that one more position takes, all layers, in the types of the context."""
         heads = self.api.llama_model_n_head_kv(self.model)
         default = self.api.llama_model_n_embd(self.model) // self.api.llama_model_n_head(self.model)
         key = int(self.metadata("{arch}.attention.key_length") or default)
         value = int(self.metadata("{arch}.attention.value_length") or default)
-        return 2 * self.api.llama_model_n_layer(self.model) * heads * (key + value)
+        each = self.settings.kv.nbytes(heads * key, heads * value)
+        return int(self.api.llama_model_n_layer(self.model) * each)
 
     def close(self) -> None:
         if self.context:

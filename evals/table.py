@@ -14,7 +14,9 @@ from rich.text import Text
 from llmlite.errors import InputError
 from llmlite.evals.divergence import Suffered
 from llmlite.evals.evaluate import Evaluation
+from llmlite.evals.longcontext.table import long_context_table
 from llmlite.evals.score import Score
+from llmlite.evals.tasks.table import task_table
 
 COLUMNS = (
     "model", "engine", "MB on\ndisk", "bits per\nweight", "text", "perplexity", "mean KL", "p99 KL", "same\ntop",
@@ -30,6 +32,11 @@ def show(evaluations: Sequence[Evaluation], title: str | None = None) -> None:
     console, content = Console(), table(evaluations, title)
     wanted = Measurement.get(console, console.options.update(width=1000), content).maximum
     Console(width=max(console.width, wanted)).print(content)
+    for evaluation in evaluations:
+        if evaluation.tasks:
+            console.print(task_table(evaluation.tasks, f"tasks: {evaluation.name}"))
+        if evaluation.long_context is not None:
+            console.print(long_context_table(evaluation.long_context, f"long context: {evaluation.name}"))
 
 
 def show_worst(evaluation: Evaluation) -> None:

@@ -1,0 +1,1 @@
+"""Tasks of lm-evaluation-harness, run on an artifact by either engine."""
