@@ -168,7 +168,7 @@ def test_json_has_the_keys_that_scripts_rely_on(evaluation, tiny):
     ((name, of_text),) = facts["texts"].items()
     assert name == "cats_v1"
     assert len(of_text["sha256"]) == 64
-    assert of_text["perplexity"].keys() == {"value", "stderr", "tokens", "windows"}
+    assert {"value", "stderr", "tokens", "windows"} <= of_text["perplexity"].keys()
     assert of_text["perplexity"]["tokens"] == 2 * 31
     assert {"mean_kl", "median_kl", "p99_kl", "p999_kl", "max_kl", "same_top"} <= of_text["divergence"].keys()
     assert "memory" not in facts, "not asked for"
