@@ -25,7 +25,7 @@ class CompareSettings(EvalSettings):
     """What `compare` can be told, besides all that an evaluation can be told."""
 
     resamples: int = field(default=10_000, metadata={"help": "resamples of the paired bootstrap"})
-    seed: int = field(default=0, metadata={"help": "of the resamples"})
+    resampling_seed: int = field(default=0, metadata={"help": "of the bootstrap's draws"})
     level: float = field(default=0.95, metadata={"help": "of the intervals, as a share of 1"})
 
     def check(self) -> None:
@@ -94,7 +94,7 @@ def compare(artifacts: Sequence[str], settings: CompareSettings) -> Comparison:
     names = short_names([str(facts["artifact"]) for facts in found])
     by_name = dict(zip(names, found, strict=True))
     check_same_input(by_name)
-    return compared(by_name, Resampling(settings.resamples, settings.seed, settings.level))
+    return compared(by_name, Resampling(settings.resamples, settings.resampling_seed, settings.level))
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -29,6 +29,7 @@ speed.contexts.**
 tasks.*.**
 long_context.**
 lightness.**
+budget.budget,context,fits,predicted,peak,short_by,longest,longest_peak
 structure.prefix_token,tokenizer,chat_template,rope,settings,shape.equal
 structure.differences
 """

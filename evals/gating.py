@@ -14,12 +14,13 @@ from llmlite.evals.evaluate import EvalSettings, evaluate
 from llmlite.evals.figures import lookup
 from llmlite.evals.gate import Verdict, base_figure, judge
 from llmlite.evals.locate import Location, find
-from llmlite.evals.obtain import KEPT, measured, read_evaluation
+from llmlite.evals.obtain import measured, read_evaluation
 from llmlite.evals.ruleset import OF_BASE, Rules, check_rules
 from llmlite.evals.structure import Structure, compare_structure
 from llmlite.evals.verdict import verdict_markdown, write_junit
 from llmlite.options import check_values
 
+MEASURED_ALONE = ("memory", "speed", "lightness")  # settings that need nothing named beside them
 SAME_IDS = ("tokenizer", "prefix_token")
 
 
@@ -100,8 +101,9 @@ def _given_base(settings: GateSettings) -> dict[str, Any] | None:
 def _eval_settings(rules: Rules, settings: GateSettings, location: Location) -> EvalSettings:
     """The part of the settings that an evaluation knows, with what the rules need; the base is the manifest's."""
     known = {name: getattr(settings, name) for name in EvalSettings.__dataclass_fields__}
-    for section in KEPT:
-        known[section] = known[section] or rules.needs(section)
+    for section in MEASURED_ALONE:
+        if section in known:
+            known[section] = known[section] or rules.needs(section)
     needs_base = rules.needs("structure") or any(
         rule.needs_base or ".divergence." in rule.figure for rule in rules.rules
     )

@@ -16,7 +16,9 @@ from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
 from llmlite.evals.locate import Location, find
 
 KEPT = ("memory", "speed")  # sections that depend on nothing but the artifact and the machine
-GROUPS = ("texts", "memory", "speed", "tasks", "long_context", "lightness", "structure", "protocol")
+ASKS = ("text", "tasks", "long_context", "budget", "lightness", *KEPT)  # settings that want something measured
+OF_TEXTS = ("texts", "protocol", "base", "base_sha256", "structure")
+GROUPS = ("texts", "memory", "speed", "tasks", "long_context", "lightness", "structure", "protocol", "budget")
 
 
 def read_evaluation(file: Path) -> dict[str, Any]:
@@ -71,11 +73,17 @@ def measured(artifact: str, settings: EvalSettings) -> dict[str, Any]:
     kept = kept_evaluations(location).get(settings.protocol, {})
     if kept and kept["engine"].get("version") != engine_version(location.engine):
         kept = {}
-    wanted = replace(settings, **{section: False for section in KEPT if section in kept})
-    idle = replace(wanted, text=(), base=None, **dict.fromkeys(KEPT, False))
-    if kept and wanted == replace(idle, base=settings.base):
+    wanted = replace(settings, **{section: False for section in KEPT if _has(kept, section, settings)})
+    if kept and not any(getattr(wanted, name, None) for name in ASKS):
         return {**kept, "artifact": artifact}
-    found = evaluate(artifact, wanted if wanted.text else replace(wanted, base=None))
+    alone = not wanted.text and not getattr(wanted, "long_context", None)
+    found = evaluate(artifact, replace(wanted, base=None) if alone else wanted)
     save_in_manifest(artifact, found)
-    kept = {key: value for key, value in kept.items() if key in KEPT or not found.scores}
-    return {**kept, **found.to_json()}
+    stays = {key: value for key, value in kept.items() if key not in OF_TEXTS or not found.scores}
+    return {**stays, **found.to_json()}
+
+
+def _has(kept: dict[str, Any], section: str, settings: EvalSettings) -> bool:
+    """The section was measured, at every context that the settings name."""
+    at = {one.get("context") for one in kept.get(section, {}).get("contexts") or []}
+    return section in kept and at.issuperset(getattr(settings, "contexts", ()))

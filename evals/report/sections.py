@@ -158,6 +158,9 @@ def _memory(evaluations: Evaluations) -> Section:
             at.append((name, number(one.get("context")), *(size(one.get(key)) for key in keys)))
         others = {key: of for key, of in memory.items() if key not in ("device", "contexts", *KEYS_OF_MEMORY)}
         rest += [(name, *pair) for pair in flat(others)]
+        within = facts.get("budget") or {}
+        sizes = ("budget", "predicted", "peak", "short_by", "longest_peak")
+        rest += [(name, key, size(of) if key in sizes else str(of)) for key, of in within.items() if of is not None]
     head = ("artifact", "device", "weights", "cache per token", "peak", "of it the program")
     more = ("artifact", "context", "cache", "activations", "peak", "address space", "reserved", "driver")
     tables = [Table("", head, main, head[2:])] if main else []

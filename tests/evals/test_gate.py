@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from llmlite.checkpoint.gguf_header import read_gguf
 from llmlite.cli import main
 from llmlite.errors import InputError
+from llmlite.evals.digests import digest_of
+from llmlite.evals.engines import engine_version
+from llmlite.evals.evaluate import EvalSettings
 from llmlite.evals.figures import check_address, expand, lookup
 from llmlite.evals.gate import judge
 from llmlite.evals.locate import find
+from llmlite.evals.obtain import measured
 from llmlite.evals.ruleset import parse_rules, read_rules
 from llmlite.evals.structure import ASPECTS, compare_structure
 from tests import gguf_models
@@ -357,3 +361,17 @@ def test_figures_of_other_weights_are_not_trusted(base, text, rules, tmp_path):
     assert (artifact / "llmlite.json").read_text() == kept
     assert main(without_text) == 1
     assert gate(artifact, base, text, rules) == 1
+
+
+def test_kept_memory_counts_for_the_weights_it_was_measured_of(base, tmp_path):
+    artifact = copy_of(base, tmp_path / "artifact")
+    asked = EvalSettings(memory=True)
+    own = {
+        "sha256": digest_of(find(artifact)),
+        "engine": {"version": engine_version("transformers")},
+        "memory": {"peak": 5},
+    }
+    (artifact / "llmlite.json").write_text(json.dumps({"evals": {"llama.cpp": own}}))
+    assert measured(str(artifact), asked)["memory"] == {"peak": 5}, "nothing is measured"
+    (artifact / "llmlite.json").write_text(json.dumps({"evals": {"llama.cpp": {**own, "sha256": "0" * 64}}}))
+    assert measured(str(artifact), asked)["memory"]["peak"] > 10**6
