@@ -12,11 +12,13 @@ import torch
 
 from llmlite.errors import InputError
 from llmlite.evals.base import LazyBase, default_directory, note
+from llmlite.evals.budget import Fit, measure_fit
 from llmlite.evals.digests import digest_of
 from llmlite.evals.engines import engine_version, open_engine
 from llmlite.evals.generate import reader_of
 from llmlite.evals.kept import Store
 from llmlite.evals.kv import parse_kv
+from llmlite.evals.lightness import Lightness, gather, lightness
 from llmlite.evals.locate import Location, find
 from llmlite.evals.longcontext.needles import PERPLEXITY, TASKS
 from llmlite.evals.longcontext.result import LongContext
@@ -26,11 +28,13 @@ from llmlite.evals.memory import Memory
 from llmlite.evals.perplexity import PROTOCOLS, Windows
 from llmlite.evals.probe import probe
 from llmlite.evals.score import Score, score
+from llmlite.evals.shape import model_shape
 from llmlite.evals.size import Size, measure_size
-from llmlite.evals.speed import Speed
+from llmlite.evals.speed import CONTEXTS, REPEATS, Speed
 from llmlite.evals.structure import Structure, compare_structure
 from llmlite.evals.tasks.run import TaskScore, TaskSettings, run_tasks
 from llmlite.evals.texts import Text, read_text, read_texts
+from llmlite.plan.budget import parse_size
 
 LONG_CONTEXT_TASKS = (*TASKS, PERPLEXITY)
 ProtocolName = Literal["llama.cpp", "paper", "sliding"]
@@ -89,6 +93,19 @@ class EvalSettings:
     kv: str | None = field(
         default=None, metadata={"help": "K:V, types of the cache for tasks and long contexts, such as q8_0:q4_0"}
     )
+    contexts: tuple[int, ...] = field(
+        default=CONTEXTS, metadata={"help": "prompt lengths to measure speed and memory at"}
+    )
+    budget: str | None = field(
+        default=None, metadata={"help": "memory it must run in, as in 8GiB: the limit is real, and the longest "
+                                "prompt that fits is looked for"}
+    )  # fmt: skip
+    lightness: bool = field(
+        default=False,
+        metadata={
+            "help": "judge whether it is light enough for phone, edge, 8 GB GPU and server; measures memory and speed"
+        },
+    )
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: every core)"})
 
     def check(self) -> None:
@@ -99,7 +116,12 @@ class EvalSettings:
             raise InputError("a base without a text: name a text with --text to measure the divergence on")
         if self.cache is not None and self.no_cache:
             raise InputError("--cache and --no-cache together: one of them is right")
+        if self.budget is not None:
+            parse_size(self.budget)
+        if not self.contexts:
+            raise InputError("no contexts: one length of a prompt or more is right, as in --contexts 1 512")
         for name, value, least in (
+            ("contexts", min(self.contexts), 1),
             ("window", self.window, 8), ("windows", self.windows, 1), ("threads", self.threads, 1),
             ("stride", self.stride, 1), ("task_limit", self.task_limit, 1), ("task_shots", self.task_shots, 0),
         ):  # fmt: skip
@@ -145,6 +167,8 @@ class Evaluation:
     reused: tuple[str, ...] = ()
     tasks: dict[str, TaskScore] = field(default_factory=dict)
     long_context: LongContext | None = None
+    fit: Fit | None = None
+    lightness: Lightness | None = None
 
     @property
     def name(self) -> str:
@@ -177,15 +201,19 @@ class Evaluation:
             out["base"] = self.base
             out["base_sha256"] = self.base_sha256
         if self.memory is not None:
-            out["memory"] = dataclasses.asdict(self.memory)
+            out["memory"] = self.memory.to_json()
         if self.speed is not None:
-            out["speed"] = dataclasses.asdict(self.speed)
+            out["speed"] = self.speed.to_json()
         if self.structure is not None:
             out["structure"] = self.structure.to_json()
         if self.tasks:
             out["tasks"] = {name: scored.to_json() for name, scored in self.tasks.items()}
         if self.long_context is not None:
             out["long_context"] = self.long_context.to_json()
+        if self.fit is not None:
+            out["budget"] = dataclasses.asdict(self.fit)
+        if self.lightness is not None:
+            out["lightness"] = self.lightness.to_json()
         return out
 
 
@@ -203,8 +231,14 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     base = _base(settings) if settings.base is not None else None
     size = measure_size(location)
     memory, speed = None, None
-    if settings.memory or settings.speed:
-        memory, speed = probe(location.path, settings.threads)
+    wants_memory, wants_speed = settings.memory or settings.lightness, settings.speed or settings.lightness
+    if wants_memory or wants_speed:
+        repeats = REPEATS if wants_speed else 0
+        memory, speed = probe(location.path, settings.threads, repeats, settings.contexts)
+    fit = None
+    if settings.budget is not None:
+        longest = max(settings.contexts)
+        fit = measure_fit(location, parse_size(settings.budget), longest, settings.threads)
     conditions = Conditions(
         sha256=digest_of(location),
         base_sha256=base.digest if base is not None else None,
@@ -215,6 +249,9 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     if known:
         note(f"not measured again, as nothing has changed: {', '.join(known)} (--again measures anew)")
     scores = {**known, **_scores(location, base, settings, [text for text in texts if text.name not in known])}
+    judged = None
+    if settings.lightness:
+        judged = lightness(gather(size, model_shape(location), memory, speed, scores))
     return Evaluation(
         artifact=str(artifact),
         base=settings.base,
@@ -223,14 +260,16 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
         size=size,
         windows=settings.scored,
         scores={text.name: scores[text.name] for text in texts},
-        memory=memory if settings.memory else None,
-        speed=speed if settings.speed else None,
+        memory=memory if wants_memory else None,
+        speed=speed if wants_speed else None,
         structure=compare_structure(find(settings.base), location) if settings.base is not None else None,
         sha256=conditions.sha256,
         base_sha256=conditions.base_sha256,
         reused=tuple(known),
         tasks=_tasks(artifact, settings),
         long_context=_long_context(artifact, settings),
+        fit=fit,
+        lightness=judged,
     )
 
 

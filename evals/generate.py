@@ -19,6 +19,7 @@ from llmlite.errors import InputError
 from llmlite.evals.engines import ROWS, Engine, LlamaCppEngine, TransformersEngine
 from llmlite.evals.kv import F16, KvTypes
 from llmlite.evals.kv_rounding import Rounding, rounding
+from llmlite.evals.rows import log_softmax
 
 CHUNK = 512  # tokens of one forward pass
 GROWTH = 1024  # llama.cpp's context grows in steps of so many positions
@@ -176,7 +177,7 @@ class TransformersReader(Reader):
         hidden = self.engine.model.base_model(input_ids=ids, past_key_values=self.cache, use_cache=True)
         states = hidden.last_hidden_state[0]
         for start in range(first, len(tokens), ROWS):
-            yield torch.log_softmax(self.engine._logits(states[start : start + ROWS]), dim=-1).cpu()
+            yield log_softmax(self.engine.head.logits(states[start : start + ROWS])).cpu()
 
     def _cut(self, length: int) -> None:
         self.cache.crop(length - len(self.past))
@@ -252,7 +253,7 @@ class LlamaReader(Reader):
         wanted = np.arange(len(tokens)) >= first
         logits = torch.from_numpy(self.llama.decode(tokens, start, wanted))
         for row in range(0, len(logits), ROWS):
-            yield torch.log_softmax(logits[row : row + ROWS], dim=-1)
+            yield log_softmax(logits[row : row + ROWS])
 
     def _grow(self, positions: int) -> None:
         """A larger context, with what was read so far taken over."""

@@ -36,12 +36,12 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
     transformers.utils.logging.set_verbosity_error()
     if threads is not None:
         torch.set_num_threads(threads)
-    method = _require_packages(path)
+    method = require_packages(path)
     where = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
     try:
         # gptqmodel prints a banner and its log on standard output
         with redirect_stdout(sys.stderr), _without_bars(method):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            tokenizer = load_tokenizer(path)
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path, dtype="auto", use_safetensors=True, trust_remote_code=False, output_loading_info=True, **where
             )
@@ -61,12 +61,22 @@ def load_transformers(path: Path, threads: int | None = None) -> tuple[Any, Any]
     return model.eval(), tokenizer
 
 
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint; `InputError` where there is none."""
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, *CONFIG_ERRORS) as error:
+        raise InputError(f"{path}: transformers can't load its tokenizer ({first_line(error)})") from None
+
+
 def _without_bars(method: str) -> AbstractContextManager:
     """compressed-tensors draws its progress bars unconditionally, so nothing it writes on standard error is shown."""
     return redirect_stderr(io.StringIO()) if method == "compressed-tensors" else nullcontext()
 
 
-def _require_packages(path: Path) -> str:
+def require_packages(path: Path) -> str:
     """The quantization method, "" for none.
 
     `InputError` names the extra, where transformers itself would end in a NameError (gptq) or less.

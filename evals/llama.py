@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -22,8 +24,13 @@ from llmlite.extras import need
 
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
 NO_ROOM = 1  # what llama_decode returns when the cache has no slot left; its state is then as before the call
+# llama.cpp says how large its parts are only in its log: "CPU compute buffer size = 15.51 MiB", and of the cache, also
+# where nothing is allocated, "llama_kv_cache: size = 45.00 MiB (2048 cells, ...".
+BUFFER = re.compile(r"(\S+)\s+(compute|output) buffer size =\s*([\d.]+) MiB")
+CACHE = re.compile(r"^llama_(?:kv_cache|memory_recurrent): size =\s*([\d.]+) MiB \(")
 
 _log: deque[str] = deque(maxlen=20)
+_sizes: list[str] = []
 
 
 @cache
@@ -32,8 +39,11 @@ def library() -> tuple[ModuleType, object]:
     api = need("gguf", "llama_cpp")
 
     def keep(level: int, text: bytes, _: object) -> None:
+        line = text.decode("utf-8", "replace").strip()
         if level == LOG_ERROR:
-            _log.append(text.decode("utf-8", "replace").strip())
+            _log.append(line)
+        elif BUFFER.search(line) or CACHE.search(line):
+            _sizes.append(line)
 
     callback = api.llama_log_callback(keep)
     api.llama_log_set(callback, ctypes.c_void_p(0))
@@ -49,7 +59,9 @@ class LlamaSettings:
     ``batch``: most tokens of one decode; ``outputs``: most rows of logits of one decode (each takes vocabulary x 4
     bytes); ``threads``: None takes every core this process may use; ``mmap``: False reads the weights into memory
     of the process's own; ``as_trained``: True refuses a sequence longer than the model was trained for; ``kv``:
-    what the cache stores.
+    what the cache stores; ``dry``: True reads the file's header only and allocates nothing: it tells sizes, and can't
+    decode; ``windowed``: True keeps of a layer with a sliding window only the window, as llama.cpp's server does, False
+    every position.
     """
 
     context: int | None = 2048
@@ -60,6 +72,17 @@ class LlamaSettings:
     mmap: bool = True
     as_trained: bool = False
     kv: KvTypes = F16
+    dry: bool = False
+    windowed: bool = False
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Bytes, to 0.01 MiB as llama.cpp tells them: the cache, and what computing takes (intermediates, one decode's
+    logits)."""
+
+    kv: int
+    compute: int
 
 
 class Llama:
@@ -86,7 +109,9 @@ class Llama:
             if file.read(4) != b"GGUF":
                 raise InputError(f"{self.file}: does not begin with GGUF: not a GGUF file")
         params = self.api.llama_model_default_params()
-        params.load_mode = self.api.LLAMA_LOAD_MODE_MMAP if self.settings.mmap else self.api.LLAMA_LOAD_MODE_NONE
+        mapped = self.settings.mmap and not self.settings.dry
+        params.load_mode = self.api.LLAMA_LOAD_MODE_MMAP if mapped else self.api.LLAMA_LOAD_MODE_NONE
+        params.no_alloc = self.settings.dry
         _log.clear()
         model = self.api.llama_model_load_from_file(os.fsencode(self.file), params)
         if not model:
@@ -109,8 +134,10 @@ class Llama:
         params.type_k, params.type_v = (self._type(name) for name in (wanted.kv.keys, wanted.kv.values))
         if wanted.kv == F32:  # flash attention on a CPU computes in float16, whatever is stored
             params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.swa_full = not wanted.windowed
         params.n_threads = params.n_threads_batch = wanted.threads or len(os.sched_getaffinity(0))
         _log.clear()
+        _sizes.clear()
         context = self.api.llama_init_from_model(self.model, params)
         if not context:
             self.close()
@@ -118,23 +145,29 @@ class Llama:
                 f"{self.file}: llama.cpp can't make a context of {positions:,} positions ({_reason()}); "
                 "a smaller context needs less memory"
             )
+        self._sizes = tuple(_sizes)
         return context
 
     def _type(self, name: str) -> int:
         return int(getattr(self.api, f"GGML_TYPE_{name.upper()}"))
 
-    def renew(self, positions: int, kv: KvTypes) -> None:
-        """An empty context of another size and other types of keys and values in place of the present one."""
+    def renew(self, positions: int, kv: KvTypes | None = None) -> None:
+        """An empty context of another size, and perhaps other types of keys and values, in place of the present one."""
         if self.context:
             self.api.llama_free(self.context)
         self.context = None
-        self.settings = replace(self.settings, context=positions, kv=kv)
+        self.settings = replace(self.settings, context=positions, kv=kv or self.settings.kv)
         self.context = self._new_context()
 
     @property
     def positions(self) -> int:
         """How many positions the context holds, all sequences together."""
         return self.api.llama_n_ctx(self.context)
+
+    @property
+    def buffers(self) -> Buffers:
+        """How large the context's parts are; `OutsideError` where the library's log does not tell it."""
+        return read_buffers(self._sizes)
 
     def tokenize(self, text: str, special: bool = False) -> np.ndarray:
         """Token ids int32 [n] without anything in front; ``special``: the names of control tokens become them."""
@@ -235,6 +268,16 @@ class Llama:
         if self.model:
             self.api.llama_model_free(self.model)
         self.context = self.model = None
+
+
+def read_buffers(lines: Sequence[str]) -> Buffers:
+    """What the log of making a context says; a buffer that was made anew counts as it was made last."""
+    found = [match for line in lines if (match := BUFFER.search(line))]
+    if not found:
+        raise OutsideError("this version of llama.cpp does not log how large its buffers are")
+    last = {(match[1], match[2]): float(match[3]) for match in found}
+    kv = sum(float(match[1]) for line in lines if (match := CACHE.search(line)))
+    return Buffers(round(kv * 2**20), round(sum(last.values()) * 2**20))
 
 
 class Batch:

@@ -15,7 +15,8 @@ from llmlite.evals.engines import engine_version
 from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
 from llmlite.evals.locate import Location, find
 
-KEPT = ("memory", "speed")  # sections that depend on nothing but the artifact and the machine
+KEPT = ("memory", "speed", "lightness")  # sections that depend on nothing but the artifact and the machine
+ASKED = ("text", "tasks", "long_context", "budget", *KEPT)  # settings by which something is measured
 ASKS = ("text", "tasks", "long_context", "budget", "lightness", *KEPT)  # settings that want something measured
 OF_TEXTS = ("texts", "protocol", "base", "base_sha256", "structure")
 GROUPS = ("texts", "memory", "speed", "tasks", "long_context", "lightness", "structure", "protocol", "budget")
@@ -67,7 +68,8 @@ def read_figures(source: str, protocol: str | None = None) -> dict[str, Any]:
 def measured(artifact: str, settings: EvalSettings) -> dict[str, Any]:
     """The evaluation's JSON of all that ``settings`` ask for, and of what llmlite.json holds besides.
 
-    Memory and speed are measured where llmlite.json has none by this engine; of texts `evaluate` says what is reused.
+    Memory, speed, lightness and a budget are measured where llmlite.json has none by this engine; of texts `evaluate`
+    says what is reused.
     """
     location = find(artifact)
     kept = kept_evaluations(location).get(settings.protocol, {})

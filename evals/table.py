@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +15,7 @@ from llmlite.evals.evaluate import Evaluation
 from llmlite.evals.longcontext.table import long_context_table
 from llmlite.evals.score import Score
 from llmlite.evals.tasks.table import task_table
+from llmlite.evals.terminal import show_wide
 
 COLUMNS = (
     "model", "engine", "MB on\ndisk", "bits per\nweight", "text", "perplexity", "mean KL", "p99 KL", "same\ntop",
@@ -25,39 +24,36 @@ COLUMNS = (
 WORDS = ("model", "engine", "text")
 ABSENT = "-"
 SHOWN = 5  # of the tokens that suffered most
+CONTEXT = 32  # characters before such a token
 
 
 def show(evaluations: Sequence[Evaluation], title: str | None = None) -> None:
     """Print the table to standard output, wider than the terminal rather than with figures cut short."""
-    console, content = Console(), table(evaluations, title)
-    wanted = Measurement.get(console, console.options.update(width=1000), content).maximum
-    Console(width=max(console.width, wanted)).print(content)
+    show_wide(table(evaluations, title))
     for evaluation in evaluations:
         if evaluation.tasks:
-            console.print(task_table(evaluation.tasks, f"tasks: {evaluation.name}"))
+            show_wide(task_table(evaluation.tasks, f"tasks: {evaluation.name}"))
         if evaluation.long_context is not None:
-            console.print(long_context_table(evaluation.long_context, f"long context: {evaluation.name}"))
+            show_wide(long_context_table(evaluation.long_context, f"long context: {evaluation.name}"))
 
 
 def show_worst(evaluation: Evaluation) -> None:
     """Print for each text the tokens whose predictions changed most; nothing without a base."""
-    console = Console()
     for name, scored in evaluation.scores.items():
         if scored.divergence is not None and scored.divergence.worst:
-            console.print(worst_table(name, scored.divergence.worst[:SHOWN]))
+            show_wide(worst_table(name, scored.divergence.worst[:SHOWN]))
 
 
 def worst_table(text: str, worst: Sequence[Suffered]) -> Table:
     """A row per token: what stood before it, the token, and what base and artifact predicted there."""
     out = Table(title=f"{text}: the tokens that suffered most", box=SIMPLE_HEAD)
     out.add_column("KL", justify="right", no_wrap=True)
-    out.add_column("context", ratio=1, no_wrap=True, overflow="ellipsis")
-    for heading in ("token", "by base", "by this", "base's best", "its best"):
+    for heading in ("context", "token", "by base", "by this", "base's best", "its best"):
         out.add_column(heading, justify="right" if heading.startswith("by") else "left", no_wrap=True)
     for token in worst:
         out.add_row(
             f"{token.kl:.3f}",
-            Text(_readable(token.before)[-40:], style="dim"),
+            Text(_readable(token.before)[-CONTEXT:], style="dim"),
             Text(_readable(token.text), style="bold"),
             f"{token.base_probability:.1%}",
             f"{token.probability:.1%}",

@@ -152,6 +152,7 @@ def _add_eval(verbs: Any) -> None:
 
 def _eval(given: argparse.Namespace) -> int:
     from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
+    from llmlite.evals.resources_table import show_resources
     from llmlite.evals.table import check_picture, picture, show, show_worst
 
     if given.picture:
@@ -163,6 +164,7 @@ def _eval(given: argparse.Namespace) -> int:
     if given.json != "-":
         show([measured])
         show_worst(measured)
+        show_resources(measured)
     save_in_manifest(given.artifact, measured)
     return 0
 

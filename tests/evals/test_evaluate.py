@@ -1,7 +1,7 @@
 """An artifact judged as a whole: size, memory, speed, the JSON that scripts read, and the table."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ from llmlite.evals.locate import find
 from llmlite.evals.probe import probe
 from llmlite.evals.score import Score
 from llmlite.evals.size import measure_size
-from llmlite.evals.speed import ANSWER_TOKENS, PROMPT_TOKENS, Speed, measure_speed
+from llmlite.evals.speed import Speed
 from llmlite.evals.table import check_picture, picture, table
 from tests import gguf_models
 from tests.tiny import edit_config, save_tiny
@@ -120,42 +120,10 @@ def test_kv_bytes_are_what_the_caches_take(tiny, gguf):
     llama.close()
 
 
-@pytest.mark.parametrize("which", ["tiny", "gguf"])
-def test_memory_and_speed_come_from_a_process_of_the_artifacts_own(which, request):
-    artifact = request.getfixturevalue(which)
-    memory, speed = probe(find(artifact).path, threads=1, repeats=1)
-    assert memory.weights == pytest.approx(measure_size(find(artifact)).tensor_bytes, rel=0.01)
-    assert memory.program < memory.peak
-    assert speed.prompt_tps == pytest.approx(PROMPT_TOKENS / speed.first_token_s)
-    assert speed.generate_tps > 0
-    if which == "gguf":
-        assert memory.peak < 150e6, "measuring llama.cpp must not load torch"
-
-
 def test_what_stops_the_measuring_process_is_told(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"nonsense" * 10)
     with pytest.raises(InputError, match="does not begin with GGUF"):
         probe(tmp_path / "a.gguf")
-
-
-def test_speed_reads_a_whole_prompt_and_writes_a_whole_answer():
-    class Clock:
-        vocab_size = 100
-
-        def __init__(self):
-            self.read = []
-
-        def prompt(self, tokens):
-            self.read.append(len(tokens))
-            return 5
-
-        def step(self, token):
-            self.read.append(1)
-            return token
-
-    clock = Clock()
-    measure_speed(clock, repeats=2)
-    assert clock.read == [PROMPT_TOKENS, *([PROMPT_TOKENS] + [1] * ANSWER_TOKENS) * 2]
 
 
 def test_json_has_the_keys_that_scripts_rely_on(evaluation, tiny):
@@ -183,9 +151,9 @@ def test_json_has_the_keys_that_scripts_rely_on(evaluation, tiny):
 
 
 def test_memory_and_speed_have_the_keys_that_scripts_rely_on(gguf):
-    facts = evaluate(gguf, EvalSettings(memory=True, speed=True, threads=1)).to_json()
+    facts = evaluate(gguf, EvalSettings(memory=True, speed=True, contexts=(8,), threads=1)).to_json()
     assert {"weights", "kv_per_token", "peak"} <= facts["memory"].keys()
-    assert facts["speed"].keys() == {"prompt_tps", "generate_tps", "first_token_s"}
+    assert {"prompt_tps", "generate_tps", "first_token_s"} <= facts["speed"].keys()
     assert "texts" not in facts
 
 
@@ -203,11 +171,11 @@ def test_figures_are_kept_in_the_manifest(evaluation, tmp_path, tiny):
     speed = Speed(prompt_tps=10.0, generate_tps=2.0, first_token_s=51.2)
     save_in_manifest(tmp_path, replace(evaluation, scores={}, base=None, speed=speed))
     later = read_manifest(tmp_path)["evals"]["llama.cpp"]
-    assert later == {**evaluation.to_json(), "speed": asdict(speed)}, "speed alone leaves the scores as they are"
+    assert later == {**evaluation.to_json(), "speed": speed.to_json()}, "speed alone leaves the scores as they are"
     save_in_manifest(tmp_path, replace(evaluation, base=None))
     later = read_manifest(tmp_path)["evals"]["llama.cpp"]
     assert "base" not in later, "new scores without a base do not keep the old base"
-    assert later["speed"] == asdict(speed)
+    assert later["speed"] == speed.to_json()
 
 
 def test_another_gguf_beside_a_manifest_is_not_written_down(evaluation, gguf, tmp_path):
@@ -249,6 +217,9 @@ def test_a_picture_that_cannot_be_written_is_refused_beforehand(tmp_path):
         ({"base": "somewhere"}, "a base without a text"),
         ({"windows": 0}, "windows is 0; 1 or more is right"),
         ({"window": 1}, "window is 1; 8 or more is right"),
+        ({"contexts": (512, 0)}, "contexts is 0; 1 or more is right"),
+        ({"contexts": ()}, "one length of a prompt or more is right"),
+        ({"budget": "8 gigs"}, "'8 gigs' is not a size"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(tiny, settings, sentence):

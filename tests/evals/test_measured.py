@@ -107,12 +107,17 @@ def test_earlier_figures_by_other_keys_are_measured_again(artifact, tiny, text):
 
 
 def test_the_tokens_that_suffered_most_are_shown(artifact, tiny, text, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "40")
     edit_config(artifact, rms_norm_eps=1e-1)
-    show_worst(evaluate(artifact, EvalSettings(base=str(tiny), text=(text,), windows=2, window=64)))
+    measured = evaluate(artifact, EvalSettings(base=str(tiny), text=(text,), windows=2, window=64))
+    show_worst(measured)
+    worst = measured.scores["cats_v1"].divergence.worst[0]
     shown = capsys.readouterr().out
     assert "cats_v1: the tokens that suffered most" in shown
-    assert len([line for line in shown.splitlines() if "%" in line]) == 5
+    rows = [line for line in shown.splitlines() if "%" in line]
+    assert len(rows) == 5
+    for word in (f"{worst.kl:.3f}", worst.before[-32:].strip(), f"{worst.base_probability:.1%}"):
+        assert word in rows[0], "cut short in a narrow terminal"
 
 
 def test_the_command_says_what_is_wrong_with_status_2(tiny, text, tmp_path, capsys):
