@@ -49,6 +49,7 @@ def keep_freed() -> None:
 def limit_address_space(bytes_: int) -> None:
     """No more address space than this for the process from here on: an allocation beyond it fails."""
     resource.setrlimit(resource.RLIMIT_AS, (bytes_, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # no dump where it ends
 
 
 class LlamaRunner:
