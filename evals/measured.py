@@ -58,18 +58,19 @@ def save_figures(location: Location, protocol: str, figures: dict) -> bool:
     if manifest is None:
         return False
     evals = manifest.get("evals", {})
-    before = evals.get(protocol, {})
+    before = _still_valid(evals.get(protocol, {}), figures)
     if "texts" in figures:
-        before = _still_valid(before, figures)
         figures = {**figures, "texts": {**before.get("texts", {}), **figures["texts"]}}
     write_manifest(location.directory, {**manifest, "evals": {**evals, protocol: {**before, **figures}}})
     return True
 
 
 def _still_valid(before: dict, now: dict) -> dict:
-    """Earlier figures that may stand beside new scores: of the same artifact, texts under the same conditions."""
+    """Earlier figures that may stand beside new ones: of the same artifact, texts under the same conditions."""
     if before.get("sha256", now.get("sha256")) != now.get("sha256"):
         return {}
+    if "texts" not in now:
+        return before
     same = all(before.get(name) == now.get(name) for name in ("sha256", "base_sha256", "engine", "protocol"))
     return before if same else {key: value for key, value in before.items() if key not in SCORE_KEYS}
 

@@ -15,8 +15,7 @@ from llmlite.evals.engines import engine_version
 from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
 from llmlite.evals.locate import Location, find
 
-KEPT = ("memory", "speed", "lightness")  # sections that depend on nothing but the artifact and the machine
-ASKED = ("text", "tasks", "long_context", "budget", *KEPT)  # settings by which something is measured
+KEPT = ("memory", "speed")  # sections that depend on nothing but the artifact and the machine
 ASKS = ("text", "tasks", "long_context", "budget", "lightness", *KEPT)  # settings that want something measured
 OF_TEXTS = ("texts", "protocol", "base", "base_sha256", "structure")
 GROUPS = ("texts", "memory", "speed", "tasks", "long_context", "lightness", "structure", "protocol", "budget")
@@ -68,17 +67,16 @@ def read_figures(source: str, protocol: str | None = None) -> dict[str, Any]:
 def measured(artifact: str, settings: EvalSettings) -> dict[str, Any]:
     """The evaluation's JSON of all that ``settings`` ask for, and of what llmlite.json holds besides.
 
-    Memory, speed, lightness and a budget are measured where llmlite.json has none by this engine; of texts `evaluate`
-    says what is reused.
+    Memory and speed are measured where llmlite.json has none by this engine; of texts `evaluate` says what is reused.
     """
     location = find(artifact)
     kept = kept_evaluations(location).get(settings.protocol, {})
     if kept and kept["engine"].get("version") != engine_version(location.engine):
         kept = {}
     wanted = replace(settings, **{section: False for section in KEPT if _has(kept, section, settings)})
-    if kept and not any(getattr(wanted, name, None) for name in ASKS):
+    if kept and not any(getattr(wanted, name) for name in ASKS):
         return {**kept, "artifact": artifact}
-    alone = not wanted.text and not getattr(wanted, "long_context", None)
+    alone = not wanted.text and not wanted.long_context
     found = evaluate(artifact, replace(wanted, base=None) if alone else wanted)
     save_in_manifest(artifact, found)
     stays = {key: value for key, value in kept.items() if key not in OF_TEXTS or not found.scores}
@@ -88,4 +86,4 @@ def measured(artifact: str, settings: EvalSettings) -> dict[str, Any]:
 def _has(kept: dict[str, Any], section: str, settings: EvalSettings) -> bool:
     """The section was measured, at every context that the settings name."""
     at = {one.get("context") for one in kept.get(section, {}).get("contexts") or []}
-    return section in kept and at.issuperset(getattr(settings, "contexts", ()))
+    return section in kept and at.issuperset(settings.contexts)
