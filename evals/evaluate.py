@@ -328,8 +328,8 @@ def _long_context(artifact: str | Path, settings: EvalSettings) -> LongContext |
 def save_in_manifest(artifact: str | Path, evaluation: Evaluation) -> bool:
     """Keep the figures in the artifact's llmlite.json, under ``evals`` and the protocol's name, in a single step.
 
-    What is there already of the same artifact stays as far as it was not measured again: other texts scored under
-    the same conditions, memory, speed, and keys that others put there. False where there is no llmlite.json that
-    describes these weights.
+    What is there already of the same artifact stays as far as it was not measured again: other tasks, memory,
+    speed, other texts scored under the same conditions, and keys that others put there. Figures of another version of
+    the engine go. False where there is no llmlite.json that describes these weights.
     """
     return save_figures(find(artifact), evaluation.protocol, evaluation.to_json())

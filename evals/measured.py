@@ -15,7 +15,7 @@ from llmlite.evals.locate import Location
 from llmlite.evals.score import Score
 from llmlite.evals.texts import Text
 
-SCORE_KEYS = ("texts", "protocol", "base", "base_sha256")
+OF_TEXTS = ("texts", "protocol", "base", "base_sha256", "structure")
 
 
 @dataclass(frozen=True)
@@ -58,21 +58,24 @@ def save_figures(location: Location, protocol: str, figures: dict) -> bool:
     if manifest is None:
         return False
     evals = manifest.get("evals", {})
-    before = _still_valid(evals.get(protocol, {}), figures)
-    if "texts" in figures:
-        figures = {**figures, "texts": {**before.get("texts", {}), **figures["texts"]}}
+    before = still_valid(evals.get(protocol, {}), figures)
+    for section in ("texts", "tasks"):
+        if section in figures:
+            figures = {**figures, section: {**before.get(section, {}), **figures[section]}}
     write_manifest(location.directory, {**manifest, "evals": {**evals, protocol: {**before, **figures}}})
     return True
 
 
-def _still_valid(before: dict, now: dict) -> dict:
-    """Earlier figures that may stand beside new ones: of the same artifact, texts under the same conditions."""
-    if before.get("sha256", now.get("sha256")) != now.get("sha256"):
+def still_valid(before: dict, now: dict) -> dict:
+    """Earlier figures that may stand beside new ones: of the same artifact and engine, texts under the same conditions.
+
+    New figures without texts say of the base only what it was that they were measured against, if any.
+    """
+    if any(before.get(name, now.get(name)) != now.get(name) for name in ("sha256", "engine")):
         return {}
-    if "texts" not in now:
-        return before
-    same = all(before.get(name) == now.get(name) for name in ("sha256", "base_sha256", "engine", "protocol"))
-    return before if same else {key: value for key, value in before.items() if key not in SCORE_KEYS}
+    said = ("base_sha256", "protocol") if "texts" in now else ("base_sha256",) if "base_sha256" in now else ()
+    same = all(before.get(name) == now.get(name) for name in said)
+    return before if same else {key: value for key, value in before.items() if key not in OF_TEXTS}
 
 
 def manifest_of(location: Location) -> dict | None:

@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmlite.checkpoint.artifact import GGUF_FILE, read_manifest
 from llmlite.errors import InputError
 from llmlite.evals.digests import digest_of
 from llmlite.evals.engines import engine_version
 from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
 from llmlite.evals.locate import Location, find
+from llmlite.evals.measured import manifest_of, still_valid
 
 KEPT = ("memory", "speed")  # sections that depend on nothing but the artifact and the machine
 ASKS = ("text", "tasks", "long_context", "budget", "lightness", *KEPT)  # settings that want something measured
-OF_TEXTS = ("texts", "protocol", "base", "base_sha256", "structure")
 GROUPS = ("texts", "memory", "speed", "tasks", "long_context", "lightness", "structure", "protocol", "budget")
 
 
@@ -39,10 +38,7 @@ def read_evaluation(file: Path) -> dict[str, Any]:
 
 def kept_evaluations(location: Location) -> dict[str, dict[str, Any]]:
     """What llmlite.json has of these very weights, by protocol; empty where it says nothing or is of another file."""
-    manifest = read_manifest(location.directory)
-    if manifest is None or (location.engine == "llama.cpp" and location.path.name != GGUF_FILE):
-        return {}
-    kept = manifest.get("evals", {})
+    kept = (manifest_of(location) or {}).get("evals", {})
     found = {name: facts for name, facts in kept.items() if isinstance(facts, dict) and "sha256" in facts}
     own = digest_of(location) if found else ""
     return {name: facts for name, facts in found.items() if facts["sha256"] == own}
@@ -79,8 +75,8 @@ def measured(artifact: str, settings: EvalSettings) -> dict[str, Any]:
     alone = not wanted.text and not wanted.long_context
     found = evaluate(artifact, replace(wanted, base=None) if alone else wanted)
     save_in_manifest(artifact, found)
-    stays = {key: value for key, value in kept.items() if key not in OF_TEXTS or not found.scores}
-    return {**stays, **found.to_json()}
+    figures = found.to_json()
+    return {**still_valid(kept, figures), **figures}
 
 
 def _has(kept: dict[str, Any], section: str, settings: EvalSettings) -> bool:

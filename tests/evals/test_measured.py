@@ -10,6 +10,7 @@ from llmlite.cli import main
 from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
 from llmlite.evals.speed import Speed
 from llmlite.evals.table import show_worst
+from llmlite.evals.tasks.run import TaskScore
 from tests import gguf_models
 from tests.tiny import edit_config, save_tiny
 
@@ -95,6 +96,33 @@ def test_figures_of_changed_weights_do_not_stay_beside_new_ones(artifact, tiny, 
     edit_config(artifact, rms_norm_eps=1e-3)
     save_in_manifest(artifact, evaluate(artifact, settings))
     assert "speed" not in read_manifest(artifact)["evals"]["llama.cpp"]
+
+
+def test_figures_of_another_engine_do_not_become_those_of_this_one(artifact, text, monkeypatch):
+    settings = EvalSettings(text=(text,), windows=2, window=64)
+    save_in_manifest(artifact, evaluate(artifact, settings))
+    with monkeypatch.context() as patch:
+        patch.setattr("llmlite.evals.evaluate.engine_version", lambda name: f"{name} 9.9")
+        save_in_manifest(artifact, evaluate(artifact, EvalSettings()))
+        assert evaluate(artifact, settings).reused == ()
+
+
+def test_a_base_of_long_contexts_is_not_made_the_base_of_earlier_texts(artifact, tiny, text, tmp_path):
+    settings = EvalSettings(text=(text,), windows=2, window=64)
+    first = evaluate(artifact, settings)
+    save_in_manifest(artifact, first)
+    save_in_manifest(artifact, replace(first, scores={}, base=str(tiny), base_sha256="another"))
+    kept = read_manifest(artifact)["evals"]["llama.cpp"]
+    assert kept["base_sha256"] == "another"
+    assert "texts" not in kept
+
+
+def test_tasks_that_were_not_run_again_stay(artifact):
+    measured = evaluate(artifact, EvalSettings())
+    scored = TaskScore(3, None, False, "lm_eval 0", {})
+    save_in_manifest(artifact, replace(measured, tasks={"one": scored}))
+    save_in_manifest(artifact, replace(measured, tasks={"two": scored}))
+    assert list(read_manifest(artifact)["evals"]["llama.cpp"]["tasks"]) == ["one", "two"]
 
 
 def test_earlier_figures_by_other_keys_are_measured_again(artifact, tiny, text):
