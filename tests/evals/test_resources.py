@@ -15,6 +15,7 @@ from llmlite.evals.evaluate import Evaluation
 from llmlite.evals.llama import Llama, LlamaSettings, library, read_buffers
 from llmlite.evals.locate import find
 from llmlite.evals.memory import Memory, MemoryAt, NoRoomError
+from llmlite.evals.perplexity import PROTOCOLS, Windows
 from llmlite.evals.predict import Longest, Prediction, predict, search
 from llmlite.evals.probe import probe, run_module
 from llmlite.evals.resources_table import contexts_table
@@ -313,8 +314,7 @@ def test_the_table_has_a_row_per_context_and_no_empty_column():
         "engine": "llama.cpp",
         "version": "1",
         "size": size,
-        "protocol": "paper",
-        "window": 8,
+        "windows": Windows(PROTOCOLS["paper"], 8),
     }
     table = contexts_table(Evaluation(**facts, scores={}, memory=memory, speed=speed))
     assert list(table.columns[0].cells) == ["1", "512"]
