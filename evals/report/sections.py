@@ -198,11 +198,19 @@ def _tasks(evaluations: Evaluations) -> Section:
         (name, task, *pair)
         for name, facts in evaluations.items()
         for task, of in (facts.get("tasks") or {}).items()
-        for pair in flat(of)
+        for pair in flat(_without_items(of))
     ]
     head = ("artifact", "task", "figure", "value")
     tables = [Table("", head, rows, ("value",))] if rows else []
     return Section("tasks", "Tasks", tables=tables, missing="needs --tasks")
+
+
+def _without_items(task: Mapping[str, Any]) -> dict[str, Any]:
+    """A task's figures without each question's own, which a short task has few enough of to be listed."""
+    return {
+        key: {inner: part for inner, part in of.items() if inner != "items"} if isinstance(of, Mapping) else of
+        for key, of in task.items()
+    }
 
 
 def _long_context(evaluations: Evaluations) -> Section:
@@ -246,7 +254,7 @@ def _lightness(evaluations: Evaluations) -> Section:
         for of in (light.get("classes") or {}).values():
             said = {True: "yes", False: "no"}.get(of.get("light"), "not known")
             decides = f"{of.get('decides', '-')}: {number(of.get('value'))} against {number(of.get('threshold'))}"
-            missing = ", ".join(map(str, of.get("missing") or [])) or "-"
+            missing = ", ".join(map(str, of.get("unknown") or [])) or "-"
             classes.append((name, str(of.get("name", "-")), str(of.get("about", "-")), said, decides, missing))
     head = ("artifact", "class", "what it is", "light enough", "what decides", "not measured")
     tables = [Table("", head, classes)] if classes else []

@@ -13,6 +13,7 @@ from llmlite.errors import InputError
 from llmlite.evals.report.card import BEGIN, END, with_section, write_card
 from llmlite.evals.report.pictures import VARIABLES
 from llmlite.evals.report.run import ReportSettings, write_report
+from llmlite.evals.report.sections import sections
 from llmlite.evals.report.views import Table, flat, size
 from tests.tiny import save_tiny
 
@@ -57,7 +58,7 @@ def facts(name="out/a", kl=0.05, **more):
         "speed": {"prompt_tps": 500.0, "generate_tps": 50.0, "first_token_s": 1.0, "contexts": speeds},
         "tasks": {EVIL: {"acc": {"value": 0.4321, "stderr": 0.01, "items": [1] * 20}}},
         "long_context": {"seed": 7, "all": figures, "tasks": {"uuid": {"4096": figures, "8192": figures}}},
-        "lightness": {"flops_per_token": 77, "classes": {"phone": {"name": "phone", "about": EVIL, "light": True, "decides": "disk", "value": 1, "threshold": 2, "missing": []}}},
+        "lightness": {"flops_per_token": 77, "classes": {"phone": {"name": "phone", "about": EVIL, "light": True, "decides": "disk", "value": 1, "threshold": 2, "unknown": ["kept"]}}},
         "structure": {"rope": {"equal": False, "detail": EVIL}, "differences": 1},
     } | more  # fmt: skip
 
@@ -259,3 +260,11 @@ def test_small_things():
     ]  # fmt: skip
     table = Table("", ("name", "seen", "never"), [("a", "1", "-"), ("b", "-", "-")], ("seen", "never"))
     assert table.head == ("name", "seen") and table.rows == [("a", "1"), ("b", "-")]
+
+
+def test_what_lightness_did_not_know_and_what_a_short_task_gave():
+    short = {"mine": {"questions": 2, "acc": {"value": 0.5, "stderr": 0.5, "items": [0, 1]}}}
+    by_anchor = {section.anchor: section for section in sections({"a": facts(tasks=short)}, [])}
+    (classes, _), (tasks,) = by_anchor["lightness"].tables, by_anchor["tasks"].tables
+    assert [row[-1] for row in classes.rows] == ["kept"]
+    assert tasks.rows == [("a", "mine", "questions", "2"), ("a", "mine", "acc", "0.5 ± 0.5")]
