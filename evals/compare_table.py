@@ -19,7 +19,7 @@ from llmlite.evals.terminal import show_wide
 SIDE_BY_SIDE = (
     "bytes", "bits_per_weight", "texts.*.perplexity.value", "texts.*.divergence.mean_kl", "texts.*.divergence.p999_kl",
     "texts.*.divergence.same_top", "memory.weights", "memory.kv_per_token", "memory.peak", "speed.prompt_tps",
-    "speed.generate_tps", "tasks.*.*", "long_context.*.*",
+    "speed.generate_tps", "tasks.*.*.value", "long_context.all.*.value", "long_context.tasks.*.*.*.value",
 )  # fmt: skip
 CALLS = {True: "real", False: "may be chance", None: "too few to tell"}
 

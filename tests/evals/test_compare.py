@@ -12,6 +12,7 @@ from llmlite.cli import main
 from llmlite.errors import InputError
 from llmlite.evals.bootstrap import Resampling, paired
 from llmlite.evals.compare import CompareSettings, compare, compared, short_names, text_series, window_tokens
+from llmlite.evals.compare_table import side_by_side
 from llmlite.evals.items import task_items
 from tests import gguf_models
 from tests.tiny import save_tiny
@@ -127,6 +128,21 @@ def test_items_of_tasks_and_of_long_contexts_are_series():
         "tasks.hella.acc",
         *(f"long_context.{t}.{m}" for t in ("all", "uuid") for m in ("match", "logprob")),
     }
+
+
+def test_values_of_tasks_and_of_long_contexts_stand_side_by_side():
+    figures = {"questions": 4, "match": {"value": 0.75}, "logprob": {"value": -0.5}}
+    first = {
+        "tasks": {"hella": {"questions": 3, "chat": False, "acc": {"value": 0.67, "items": [True, False, 1]}}},
+        "long_context": {"seed": 1, "all": figures, "tasks": {"uuid": {"64": figures}}},
+    }
+    assert side_by_side({"a": first, "b": {}}) == [
+        ("tasks.hella.acc.value", [0.67, None]),
+        ("long_context.all.match.value", [0.75, None]),
+        ("long_context.all.logprob.value", [-0.5, None]),
+        ("long_context.tasks.uuid.64.match.value", [0.75, None]),
+        ("long_context.tasks.uuid.64.logprob.value", [-0.5, None]),
+    ]
 
 
 def test_names_are_short_and_told_apart():
