@@ -19,6 +19,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,8 +137,9 @@ class TransformersForecaster:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.trace = trace.trace_prompt
         config = read_config(path)
-        for module in hf.EXTRAS.get(hf.require_packages(path), ("", ()))[1]:
-            importlib.import_module(module)
+        with redirect_stdout(sys.stderr):  # gptqmodel prints a banner, and the JSON stands alone on standard output
+            for module in hf.EXTRAS.get(hf.require_packages(path), ("", ()))[1]:
+                importlib.import_module(module)
         tokenizer = hf.load_tokenizer(path)
         self.model = meta_model(config, str(path)).eval()
         text: Any = self.model.config
