@@ -63,13 +63,15 @@ def read_figures(source: str, protocol: str | None = None) -> dict[str, Any]:
 def measured(artifact: str, settings: EvalSettings) -> dict[str, Any]:
     """The evaluation's JSON of all that ``settings`` ask for, and of what llmlite.json holds besides.
 
-    Memory and speed are measured where llmlite.json has none by this engine; of texts `evaluate` says what is reused.
+    Memory and speed are measured where llmlite.json has none by this engine, and where ``again`` asks for it; of texts
+    `evaluate` says what is reused.
     """
     location = find(artifact)
     kept = kept_evaluations(location).get(settings.protocol, {})
     if kept and kept["engine"].get("version") != engine_version(location.engine):
         kept = {}
-    wanted = replace(settings, **{section: False for section in KEPT if _has(kept, section, settings)})
+    known = [] if settings.again else [section for section in KEPT if _has(kept, section, settings)]
+    wanted = replace(settings, **dict.fromkeys(known, False))
     if kept and not any(getattr(wanted, name) for name in ASKS):
         return {**kept, "artifact": artifact}
     alone = not wanted.text and not wanted.long_context
