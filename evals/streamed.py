@@ -14,9 +14,9 @@ from llmlite.calibrate.stream import LayerStream
 from llmlite.checkpoint.artifact import SPARE_BYTES, scratch_directory
 from llmlite.checkpoint.checkpoint import Checkpoint, meta_model, open_checkpoint
 from llmlite.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
-from llmlite.errors import InputError, OutsideError, first_line
+from llmlite.errors import OutsideError
 from llmlite.evals.engines import ROWS, softcap_of, token_ids
-from llmlite.evals.hf import prefix_token
+from llmlite.evals.hf import load_tokenizer, prefix_token
 from llmlite.evals.kept import Facts, Writer
 from llmlite.evals.perplexity import Window
 from llmlite.memory import give_freed_memory_back
@@ -33,13 +33,8 @@ class StreamedModel:
     """
 
     def __init__(self, path: Path):
-        from transformers import AutoTokenizer
-
         self.checkpoint = open_checkpoint(path)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: its tokenizer can't be loaded ({first_line(error)})") from None
+        self.tokenizer = load_tokenizer(path)
         self.vocab_size: int = self.checkpoint.config["vocab_size"]
         self.known_tokens = len(self.tokenizer)
         self.bos = prefix_token(self.tokenizer)

@@ -16,12 +16,12 @@ import jinja2
 import torch
 
 from llmlite.checkpoint.checkpoint import CONFIG_ERRORS, meta_model, read_config
-from llmlite.checkpoint.families import FAMILIES
+from llmlite.checkpoint.families import family_of_gguf
 from llmlite.checkpoint.gguf_config import import_config
-from llmlite.checkpoint.gguf_header import GgufFile, read_gguf
+from llmlite.checkpoint.gguf_header import read_gguf
 from llmlite.checkpoint.gguf_tokenizer import import_tokenizer
 from llmlite.errors import InputError, first_line
-from llmlite.evals.hf import prefix_token
+from llmlite.evals.hf import load_tokenizer, prefix_token
 from llmlite.evals.locate import Location
 
 PROBE = (
@@ -91,37 +91,20 @@ def compare_structure(base: Location, artifact: Location) -> Structure:
 
 def _tokenizer(location: Location) -> Any:
     """As transformers has it; of a GGUF file the one that its metadata describes."""
-    from transformers import AutoTokenizer
-
     if location.engine == "transformers":
-        return _load(AutoTokenizer.from_pretrained, location.path)
+        return load_tokenizer(location.path)
     imported = import_tokenizer(read_gguf(location.path).metadata, str(location.path))
     with tempfile.TemporaryDirectory() as folder:
         imported.save(Path(folder))
-        return _load(AutoTokenizer.from_pretrained, Path(folder))
-
-
-def _load(load: Any, path: Path) -> Any:
-    try:
-        return load(path, trust_remote_code=False)
-    except (OSError, *CONFIG_ERRORS) as error:
-        raise InputError(f"{path}: transformers can't read its tokenizer ({first_line(error)})") from None
+        return load_tokenizer(Path(folder))
 
 
 def _config(location: Location) -> dict:
     if location.engine == "transformers":
         return read_config(location.path)
     source = read_gguf(location.path)
-    return import_config(source, _family(source))
-
-
-def _family(source: GgufFile) -> Any:
-    architecture = source.metadata.get("general.architecture")
-    for family in FAMILIES.values():
-        if family.gguf == architecture:
-            return family
-    known = ", ".join(family.gguf for family in FAMILIES.values())
-    raise InputError(f"{source.file}: architecture {architecture!r}: its settings are known only for {known}")
+    architecture = str(source.metadata.get("general.architecture"))
+    return import_config(source, family_of_gguf(architecture, str(location.path)))
 
 
 def _compare_tokenizers(base: Any, artifact: Any) -> dict[str, Aspect]:
