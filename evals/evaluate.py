@@ -133,8 +133,10 @@ class EvalSettings:
                 raise InputError(f"a stride belongs to protocol sliding, not to {self.protocol}")
             if self.stride >= length:
                 raise InputError(f"stride is {self.stride}; less than the window's {length} tokens is right")
-        if self.kv is not None and not self.tasks and not self.long_context:
-            raise InputError("kv without tasks or long_context: nothing else here is measured through that cache")
+        if self.kv is not None:
+            parse_kv(self.kv)
+            if not self.tasks and not self.long_context:
+                raise InputError("kv without tasks or long_context: nothing else here is measured through that cache")
         long_context_settings(self)
 
     @property
