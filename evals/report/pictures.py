@@ -134,7 +134,8 @@ def by_text(evaluations: Evaluations) -> Picture | None:
             handles.append(axes.barh(places, values, high * 0.9, color=SERIES[number % 6]))
             axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1)
         axes.set_yticks(range(len(texts)), [short(text) for text in texts])
-        axes.invert_yaxis()
+        beside = max(0.0, (3 - len(texts)) / 2)  # a single bar would be a block
+        axes.set_ylim(len(texts) - 0.5 + beside, -0.5 - beside)
         axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("mean KL from the base (nats), with two standard errors")
