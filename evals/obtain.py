@@ -33,6 +33,10 @@ def read_evaluation(file: Path) -> dict[str, Any]:
     for group in GROUPS:
         if not isinstance(facts.get(group, {}), dict):
             raise InputError(f"{file}: {group} is not a JSON object: not an evaluation")
+    for group in ("texts", "tasks"):
+        for name, of in facts.get(group, {}).items():
+            if not isinstance(of, dict):
+                raise InputError(f"{file}: {group}.{name} is not a JSON object: not an evaluation")
     return facts
 
 

@@ -268,3 +268,10 @@ def test_what_lightness_did_not_know_and_what_a_short_task_gave():
     (classes, _), (tasks,) = by_anchor["lightness"].tables, by_anchor["tasks"].tables
     assert [row[-1] for row in classes.rows] == ["kept"]
     assert tasks.rows == [("a", "mine", "questions", "2"), ("a", "mine", "acc", "0.5 ± 0.5")]
+
+
+@pytest.mark.parametrize("wrong", [{"memory": 5}, {"texts": {"english": 5}}, {"tasks": {"mine": None}}])
+def test_json_that_is_no_evaluation_is_refused(wrong, tmp_path):
+    (source,) = write(tmp_path, facts(**wrong))
+    with pytest.raises(InputError, match="is not a JSON object: not an evaluation"):
+        write_report([source], tmp_path / "r.html", ReportSettings())
