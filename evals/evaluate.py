@@ -32,7 +32,7 @@ from llmlite.evals.shape import model_shape
 from llmlite.evals.size import Size, measure_size
 from llmlite.evals.speed import CONTEXTS, REPEATS, Speed
 from llmlite.evals.structure import Structure, compare_structure
-from llmlite.evals.tasks.run import TaskScore, TaskSettings, run_tasks
+from llmlite.evals.tasks.run import TaskScore, TaskSettings, find_tasks, run_tasks
 from llmlite.evals.texts import Text, read_text, read_texts
 from llmlite.plan.budget import parse_size
 
@@ -112,8 +112,7 @@ class EvalSettings:
         """`InputError` for what can't be measured."""
         if self.protocol not in PROTOCOLS:
             raise InputError(f"protocol {self.protocol!r} is unknown; known are {', '.join(PROTOCOLS)}")
-        if self.base is not None and not self.text and not self.long_context:
-            raise InputError("a base without a text: name a text with --text to measure the divergence on")
+        self._check_base()
         if self.cache is not None and self.no_cache:
             raise InputError("--cache and --no-cache together: one of them is right")
         if self.budget is not None:
@@ -138,6 +137,10 @@ class EvalSettings:
             if not self.tasks and not self.long_context:
                 raise InputError("kv without tasks or long_context: nothing else here is measured through that cache")
         long_context_settings(self)
+
+    def _check_base(self) -> None:
+        if self.base is not None and not self.text and not self.long_context:
+            raise InputError("a base without a text: name a text with --text to measure the divergence on")
 
     @property
     def scored(self) -> Windows:
@@ -229,6 +232,8 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     """
     settings.check()
     texts = read_texts(settings.text)
+    if settings.tasks:
+        find_tasks(settings.tasks)  # refuses unknown ones before hours of other work
     location = find(artifact)
     base = _base(settings) if settings.base is not None else None
     size = measure_size(location)
@@ -300,7 +305,8 @@ def _tasks(artifact: str | Path, settings: EvalSettings) -> dict[str, TaskScore]
     engine = open_engine(artifact, threads=settings.threads)
     try:
         wanted = TaskSettings(settings.tasks, settings.task_limit, settings.task_shots, settings.task_chat)
-        return run_tasks(reader_of(engine, parse_kv(settings.kv) if settings.kv else None), wanted)
+        found = run_tasks(reader_of(engine, parse_kv(settings.kv) if settings.kv else None), wanted)
+        return {name: dataclasses.replace(scored, kv=settings.kv) for name, scored in found.items()}
     finally:
         engine.close()
 

@@ -87,7 +87,10 @@ class Store:
         folder = self.directory / key
         if not (folder / FACTS).is_file():
             return None
-        facts = Facts(**json.loads((folder / FACTS).read_text()))
+        try:
+            facts = Facts(**json.loads((folder / FACTS).read_text()))
+        except (ValueError, TypeError):
+            raise OutsideError(f"{folder / FACTS}: can't be read (file system damaged?): delete {folder}") from None
         needed = facts.row_bytes * sum(window.scored for window in windows)
         if not (folder / BODY).is_file() or (folder / BODY).stat().st_size != needed:
             raise OutsideError(f"{folder}: is not what was written there (file system damaged?): delete it")

@@ -75,7 +75,7 @@ def still_valid(before: dict, now: dict) -> dict:
         return {}
     said = ("base_sha256", "protocol") if "texts" in now else ("base_sha256",) if "base_sha256" in now else ()
     same = all(before.get(name) == now.get(name) for name in said)
-    return before if same else {key: value for key, value in before.items() if key not in OF_TEXTS}
+    return before if same else {key: value for key, value in before.items() if key not in (*OF_TEXTS, "lightness")}
 
 
 def manifest_of(location: Location) -> dict | None:

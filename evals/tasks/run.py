@@ -41,7 +41,8 @@ class TaskMetric:
 class TaskScore:
     """What a task gave: ``metrics`` by the harness's names, with ``:filter`` after it where a task has filters.
 
-    ``questions``: how many were asked; ``shots``: examples in front of each; ``chat``: the chat template was used.
+    ``questions``: how many were asked; ``shots``: examples in front of each; ``chat``: the chat template was used;
+    ``kv``: types of the cache as K:V, None for the engine's usual ones.
     """
 
     questions: int
@@ -49,12 +50,15 @@ class TaskScore:
     chat: bool
     harness: str
     metrics: dict[str, TaskMetric]
+    kv: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """``questions``, ``shots``, ``chat``, ``harness`` and for each metric ``value``, ``stderr``, ``items``."""
+        """``questions``, ``shots``, ``chat``, ``kv``, ``harness``; for each metric ``value``, ``stderr``, ``items``."""
         out: dict[str, Any] = {"questions": self.questions, "chat": self.chat, "harness": self.harness}
         if self.shots is not None:
             out["shots"] = self.shots
+        if self.kv is not None:
+            out["kv"] = self.kv
         for name, metric in self.metrics.items():
             out[name] = {"value": metric.value}
             if metric.stderr is not None:

@@ -12,7 +12,9 @@ from llmlite.evals.tasks.run import TaskScore
 
 def task_table(scores: Mapping[str, TaskScore], title: str | None = None) -> Table:
     """A row for each metric of each task, with its standard error where the harness has one."""
-    said = dict.fromkeys(f"{s.harness}{', chat template' if s.chat else ''}" for s in scores.values())
+    said = dict.fromkeys(
+        f"{s.harness}{', chat template' if s.chat else ''}{f', cache {s.kv}' if s.kv else ''}" for s in scores.values()
+    )
     out = Table(title=title, caption="; ".join(said) or None, box=SIMPLE_HEAD)
     for n, column in enumerate(("task", "questions", "shots", "metric", "value")):
         out.add_column(column, justify="left" if n in (0, 3) else "right", no_wrap=True)
