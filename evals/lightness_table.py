@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from llmlite.evals.lightness import Figures, Lightness, Verdict
+from llmlite.evals.lightness import Figures, Lightness
 
 ANSWERS = {True: "yes", False: "no", None: "not known"}
 WORDS = {
@@ -23,8 +23,8 @@ def lightness_table(found: Lightness, title: str | None = None) -> Table:
     for name in ("class", "light enough", "decided by", "has", "may have"):
         out.add_column(name, justify="right" if name in ("has", "may have") else "left", no_wrap=True)
     for verdict in found.verdicts:
-        value, threshold = (_figure(verdict, number) for number in (verdict.value, verdict.threshold))
-        out.add_row(verdict.name, ANSWERS[verdict.light], WORDS[verdict.decides], value, threshold)
+        value, most = (threshold(verdict.decides, number) for number in (verdict.value, verdict.threshold))
+        out.add_row(verdict.name, ANSWERS[verdict.light], WORDS[verdict.decides], value, most)
     return out
 
 
@@ -49,7 +49,8 @@ def _lines(figures: Figures) -> list[str]:
     return said
 
 
-def _figure(verdict: Verdict, value: float) -> str:
-    if verdict.decides in ("memory", "disk"):
+def threshold(decides: str, value: float) -> str:
+    """What a class asks for, or an artifact has of it, in its unit; ``decides`` as in `Verdict`."""
+    if decides in ("memory", "disk"):
         return f"{value / 2**20:,.0f} MiB"
-    return f"{value:.1%}" if verdict.decides == "kept" else f"{value:,.2f}"
+    return f"{value:.1%}" if decides == "kept" else f"{value:,.2f}"

@@ -23,6 +23,7 @@ from llmlite.evals.kv import F16, F32, KvTypes
 from llmlite.extras import need
 
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR in ggml.h
+BF16 = 30  # GGML_TYPE_BF16 in ggml.h, which the module llama_cpp lacks
 NO_ROOM = 1  # what llama_decode returns when the cache has no slot left; its state is then as before the call
 # llama.cpp says how large its parts are only in its log: "CPU compute buffer size = 15.51 MiB", and of the cache, also
 # where nothing is allocated, "llama_kv_cache: size = 45.00 MiB (2048 cells, ...".
@@ -149,7 +150,7 @@ class Llama:
         return context
 
     def _type(self, name: str) -> int:
-        return int(getattr(self.api, f"GGML_TYPE_{name.upper()}"))
+        return BF16 if name == "bf16" else int(getattr(self.api, f"GGML_TYPE_{name.upper()}"))
 
     def renew(self, positions: int, kv: KvTypes | None = None) -> None:
         """An empty context of another size, and perhaps other types of keys and values, in place of the present one."""

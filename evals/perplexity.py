@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmlite.errors import InputError
+from llmlite.evals.texts import Text
 
 BUCKETS = 8  # ranges of positions that figures are told for
 
@@ -74,13 +75,9 @@ class Protocol:
     def windows(
         self, ids: np.ndarray, bos: int | None, window: int, stride: int | None, limit: int | None
     ) -> list[Window]:
-        """The first ``limit`` windows of a tokenized text; `InputError` if it has less than one window."""
+        """The first ``limit`` windows of a tokenized text; `Windows.cut` refuses one that is too short."""
         if bos is not None:
             ids = np.concatenate([[bos], ids])
-        if len(ids) < window:
-            raise InputError(
-                f"the text has {len(ids):,} tokens, and protocol {self.name} needs {window:,} for a window"
-            )
         if stride is not None:
             return self._sliding(ids, window, stride)[:limit]
         first = window // 2 if self.second_half else 0
@@ -137,9 +134,16 @@ class Windows:
         out: dict = {"name": self.protocol.name, "window": self.length, "windows": self.limit}
         return out if self.step is None else {**out, "stride": self.step}
 
-    def cut(self, tokenizer: Tokenizes, text: str) -> list[Window]:
+    def cut(self, tokenizer: Tokenizes, text: Text) -> list[Window]:
         """A text's windows; `InputError` if it has less than one."""
-        return self.protocol.windows(tokenizer.tokenize(text), tokenizer.bos, self.length, self.step, self.limit)
+        ids = tokenizer.tokenize(text.text)
+        held = len(ids) + (tokenizer.bos is not None)
+        if held < self.length:
+            raise InputError(
+                f"text {text.name!r} has {held:,} tokens, and protocol {self.protocol.name} needs {self.length:,} for "
+                "a window: a longer text or a smaller --window is right"
+            )
+        return self.protocol.windows(ids, tokenizer.bos, self.length, self.step, self.limit)
 
 
 @dataclass(frozen=True)

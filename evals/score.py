@@ -68,7 +68,7 @@ def score(engine: Engine, base: Base | None, text: Text, windows: Windows) -> Sc
     tokenizer or vocabulary, and for predictions that are not finite.
     """
     with base.predictions(engine, text, windows) if base is not None else nullcontext() as theirs:
-        cut = windows.cut(engine, text.text) if theirs is None else theirs.windows
+        cut = windows.cut(engine, text) if theirs is None else theirs.windows
         places = Places.of(cut)
         if theirs is None:
             return Score(text.digest, perplexity(_losses(engine, cut, text), places), None)

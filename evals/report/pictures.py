@@ -138,7 +138,7 @@ def by_text(evaluations: Evaluations) -> Picture | None:
         axes.set_ylim(len(texts) - 0.5 + beside, -0.5 - beside)
         axes.set_xlim(left=0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlabel("mean KL from the base (nats), with two standard errors")
+        axes.set_xlabel("mean KL (nats) ± 2 standard errors")
         _legend(axes, handles, list(apart))
 
     return draw("Divergence by text", paint)
@@ -184,7 +184,7 @@ def memory(evaluations: Evaluations) -> Picture | None:
 
     def paint(axes: Any) -> None:
         contexts = [2**power for power in range(9, 18)]
-        top, handles = 0.0, []
+        seen, handles = [float(CARD)], []
         for number, of in enumerate(known.values()):
             colour = SERIES[number % 6]
             line = [(of["weights"] + of["kv_per_token"] * context) / GIB for context in contexts]
@@ -192,12 +192,13 @@ def memory(evaluations: Evaluations) -> Picture | None:
             peaks = [(at["context"], at["peak"] / GIB) for at in of.get("contexts") or [] if at.get("peak")]
             if peaks:
                 axes.scatter(*zip(*peaks, strict=True), color=colour, marker=MARKERS[number % 6], s=36, zorder=3)
-            top = max([top, *line, *(y for _, y in peaks)])
+            seen += [*line, *(y for _, y in peaks)]
         axes.axhline(CARD, color=INK, linestyle="--", linewidth=1.2)
         _contexts(axes)
-        axes.set_ylim(0, max(top, CARD) * 1.12)
+        axes.set_yscale("log", base=2)  # a small model and the card's 8 GiB, both readable
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} GiB" if y >= 1 else f"{y * 1024:g} MiB"))
+        axes.set_ylim(max(min(seen), 1 / 1024) / 1.4, max(seen) * 1.6)
         axes.annotate("8 GiB", (contexts[0], CARD), xytext=(2, 3), textcoords="offset points", fontsize=8, color=INK)
-        axes.set_ylabel("GiB")
         _legend(axes, handles, list(known))
 
     return draw("Memory against context: weights and cache as a line, measured peaks as points", paint)

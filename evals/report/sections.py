@@ -9,12 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from llmlite.evals.gate import Verdict, number
+from llmlite.evals.lightness_table import WORDS, threshold
 from llmlite.evals.report import pictures
 from llmlite.evals.report.tokens import worst_table
 from llmlite.evals.report.views import Section, Table, flat, percent, pick, share, size, spread, with_error
 
 Evaluations = Mapping[str, Mapping[str, Any]]
 KEYS_OF_MEMORY = ("weights", "kv_per_token", "peak", "program")
+SIZES_OF_LIGHTNESS = ("bytes", "weights", "memory", "kv")
 
 
 def sections(evaluations: Evaluations, verdicts: Sequence[Verdict]) -> list[Section]:
@@ -171,6 +173,8 @@ def _memory(evaluations: Evaluations) -> Section:
     return Section(
         "memory", "Memory against context", tables=tables, missing="needs --memory",
         pictures=[picture for picture in [pictures.memory(evaluations)] if picture],
+        text="The line takes every layer to keep all positions; layers with a sliding window keep fewer. Peaks are of "
+        "the whole process.",
     )  # fmt: skip
 
 
@@ -250,14 +254,17 @@ def _lightness(evaluations: Evaluations) -> Section:
     figures, classes = [], []
     for name, facts in evaluations.items():
         light = facts.get("lightness") or {}
-        figures += [(name, *pair) for pair in flat({key: of for key, of in light.items() if key != "classes"})]
+        known = {key: size(of) if key in SIZES_OF_LIGHTNESS else of for key, of in light.items() if key != "classes"}
+        figures += [(name, key.replace("_", " "), value) for key, value in flat(known)]
         for of in (light.get("classes") or {}).values():
             said = {True: "yes", False: "no"}.get(of.get("light"), "not known")
-            decides = f"{of.get('decides', '-')}: {number(of.get('value'))} against {number(of.get('threshold'))}"
-            missing = ", ".join(map(str, of.get("unknown") or [])) or "-"
-            classes.append((name, str(of.get("name", "-")), str(of.get("about", "-")), said, decides, missing))
-    head = ("artifact", "class", "what it is", "light enough", "what decides", "not measured")
-    tables = [Table("", head, classes)] if classes else []
+            by = str(of.get("decides", "-"))
+            has, asked = (threshold(by, of.get(key, 0)) for key in ("value", "threshold"))
+            missing = ", ".join(WORDS.get(key, key) for key in of.get("unknown") or []) or "-"
+            about = (str(of.get("name", "-")), str(of.get("about", "-")))
+            classes.append((name, *about, said, WORDS.get(by, by), has, asked, missing))
+    head = ("artifact", "class", "what it is", "light enough", "decided by", "has", "asked", "not measured")
+    tables = [Table("", head, classes, ("has", "asked"))] if classes else []
     tables += [Table("", ("artifact", "figure", "value"), figures, ("value",))] if figures else []
     return Section("lightness", "Light enough for which machine", tables=tables, missing="needs --lightness")
 

@@ -137,7 +137,7 @@ def retrieval(match, logprob, against=(0.96, -0.4)):
         ((0.96, -0.9), 1, ["long_context.all.logprob.change.value"]),  # every needle found, with less certainty
     ],
 )
-def test_a_kv_type_that_breaks_retrieval_turns_the_gate_red(tmp_path, found, status, failed):
+def test_what_a_kv_type_costs_is_judged_by_matches_and_by_log_probabilities(tmp_path, found, status, failed):
     file, out = tmp_path / "facts.json", tmp_path / "verdict.json"
     facts = {"artifact": "a", "engine": {"name": "llama.cpp"}, "texts": {"wiki": {"divergence": {"mean_kl": 0.001}}}}
     file.write_text(json.dumps({**facts, "long_context": retrieval(*found)}))

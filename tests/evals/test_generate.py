@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from llmlite.errors import InputError
 from llmlite.evals.engines import open_engine
 from llmlite.evals.generate import greedy, predict_each, reader_of
-from llmlite.evals.kv import KvTypes, parse_kv
+from llmlite.evals.kv import KV_BITS, KvTypes, parse_kv
 from llmlite.evals.kv_rounding import rounded
 from tests import gguf_models
 
@@ -153,10 +153,10 @@ def test_llama_takes_the_types_of_its_cache(tmp_path):
     pytest.importorskip("llama_cpp")
     file = gguf_models.gguf_of(gguf_models.save_tiny("llama3", tmp_path), "f32")  # heads of 32, one block
     engine = open_engine(file, threads=1)
-    sizes = {kv: len(_state(engine, kv)) for kv in ("f32", "f16", "q8_0", "q4_0", "q8_0:q4_0")}
+    sizes = {kv: len(_state(engine, kv)) for kv in (*KV_BITS, "q8_0:q4_0")}
     elements = 3 * 2 * 32 * 256  # layers, heads, width, positions
-    assert sizes["f32"] - sizes["f16"] == 2 * elements * 2
-    assert sizes["q8_0"] - sizes["q4_0"] == 2 * elements * 4 // 8
+    for kv, bits in KV_BITS.items():
+        assert sizes["f32"] - sizes[kv] == 2 * elements * (32 - bits) / 8, kv
     assert sizes["q8_0:q4_0"] - sizes["q4_0"] == elements * 4 // 8
     engine.close()
 

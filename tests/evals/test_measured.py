@@ -4,6 +4,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from transformers import AutoTokenizer
 
 from llmlite.checkpoint.artifact import read_manifest, write_manifest
 from llmlite.cli import main
@@ -12,7 +13,7 @@ from llmlite.evals.speed import Speed
 from llmlite.evals.table import show_worst
 from llmlite.evals.tasks.run import TaskScore
 from tests import gguf_models
-from tests.tiny import edit_config, save_tiny
+from tests.tiny import edit_config, save_tiny, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +153,19 @@ def test_the_command_says_what_is_wrong_with_status_2(tiny, text, tmp_path, caps
     for name, content in (("empty.txt", " \n"), ("short.txt", "the cat")):
         (tmp_path / name).write_text(content)
     other = gguf_models.save_tiny("llama3", tmp_path / "other")
+    larger, smaller = save_tiny(tmp_path / "larger"), save_tiny(tmp_path / "smaller", vocab_size=280)
+    assert len(AutoTokenizer.from_pretrained(smaller)) > 280, "it must know tokens that the model has no row for"
+    stranger = save_tiny(tmp_path / "stranger")
+    tiny_tokenizer("the dog sat on a house and the mat ran to the cat. " * 20).save_pretrained(stranger)
+    capsys.readouterr()  # what saving models printed
     for arguments, sentence in (
         ([str(tmp_path / "none.gguf"), "--text", text], "none.gguf: there is no such file"),
         ([str(tiny), "--text", str(tmp_path / "none.txt")], "none.txt: no such text file"),
         ([str(tiny), "--text", str(tmp_path / "empty.txt")], "empty.txt: holds no text"),
-        ([str(tiny), "--text", str(tmp_path / "short.txt")], "has 2 tokens, and protocol llama.cpp needs 512"),
+        ([str(tiny), "--text", str(tmp_path / "short.txt")], "text 'short' has 2 tokens, and protocol llama.cpp needs 512"),
         ([str(tiny), "--text", text, "--base", str(other)], "puts token 1 in front of a text, the artifact's nothing"),
+        ([str(tiny), "--text", text, "--base", str(stranger)], "tokenize the text differently from token"),
+        ([str(smaller), "--text", text, "--base", str(larger)], "not the model it was made from"),
         ([str(tiny), "--text", text, "--base", "./none"], "./none: no such directory"),
     ):
         assert main(["eval", *arguments]) == 2
