@@ -9,10 +9,10 @@ from llmlite.checkpoint.artifact import sha256_of
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.evals.locate import Location
 
-# Beside the weights' files: what the model is, and how text becomes token ids.
+# Beside the weights' files: what the model is, how text and chats become token ids, and what ends an answer.
 DECIDING = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model",
+    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from llmlite.evals.locate import Location, find
 from llmlite.evals.longcontext.needles import PERPLEXITY, TASKS
 from llmlite.evals.longcontext.result import LongContext
 from llmlite.evals.longcontext.run import LongContextSettings, run_long_context
-from llmlite.evals.measured import Conditions, earlier_scores, save_figures
+from llmlite.evals.measured import Conditions, earlier_long_context, earlier_scores, save_figures
 from llmlite.evals.memory import Memory
 from llmlite.evals.perplexity import PROTOCOLS, Windows
 from llmlite.evals.probe import probe
@@ -225,9 +225,10 @@ class Evaluation:
 def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
     """Measure what ``settings`` ask for of an artifact: a directory, a GGUF file or a hub id.
 
-    Scores that the artifact's llmlite.json holds are not measured again if everything that they depend on is the
-    same: artifact, base, text, protocol, window, stride, number of windows, engine and version. Memory and speed are
-    always measured, first of all, in a process that holds the artifact alone. Raises `InputError` for an artifact, a
+    Scores and answers on long contexts that the artifact's llmlite.json holds are not measured again if everything
+    that they depend on is the same: artifact, base, text, engine and version, for scores protocol, window, stride and
+    number of windows, for answers what was asked. Tasks are always run, memory and speed always measured, those first
+    of all, in a process that holds the artifact alone. Raises `InputError` for an artifact, a
     base or a text that can't be used.
     """
     settings.check()
@@ -274,7 +275,7 @@ def evaluate(artifact: str | Path, settings: EvalSettings) -> Evaluation:
         base_sha256=conditions.base_sha256,
         reused=tuple(known),
         tasks=_tasks(artifact, settings),
-        long_context=_long_context(artifact, settings),
+        long_context=_long_context(location, settings, conditions),
         fit=fit,
         lightness=judged,
     )
@@ -328,9 +329,16 @@ def long_context_settings(settings: EvalSettings) -> LongContextSettings | None:
     return wanted
 
 
-def _long_context(artifact: str | Path, settings: EvalSettings) -> LongContext | None:
+def _long_context(location: Location, settings: EvalSettings, conditions: Conditions) -> LongContext | None:
     wanted = long_context_settings(settings)
-    return run_long_context(artifact, settings.base, wanted, settings.threads) if wanted else None
+    if wanted is None:
+        return None
+    known = None if settings.again else earlier_long_context(location, conditions, wanted)
+    if known is not None:
+        note("not asked again, as nothing has changed: long contexts (--again asks anew)")
+        return known
+    found = run_long_context(location.path, settings.base, wanted, settings.threads)
+    return dataclasses.replace(found, against_sha256=conditions.base_sha256)
 
 
 def save_in_manifest(artifact: str | Path, evaluation: Evaluation) -> bool:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from llmlite.checkpoint.artifact import GGUF_FILE, read_manifest, write_manifest
 from llmlite.evals.locate import Location
+from llmlite.evals.longcontext.result import LongContext
+from llmlite.evals.longcontext.run import LongContextSettings
 from llmlite.evals.score import Score
 from llmlite.evals.texts import Text
 
@@ -50,6 +52,19 @@ def earlier_scores(location: Location, conditions: Conditions, texts: Sequence[T
             except (KeyError, TypeError):
                 continue
     return known
+
+
+def earlier_long_context(location: Location, conditions: Conditions, wanted: LongContextSettings) -> LongContext | None:
+    """The same questions, asked of the same artifact and base by the same engine before."""
+    figures = (manifest_of(location) or {}).get("evals", {}).get(conditions.protocol["name"], {})
+    same = conditions.sha256 is not None and figures.get("sha256") == conditions.sha256
+    if not same or figures.get("engine") != conditions.engine or "long_context" not in figures:
+        return None
+    try:
+        found = LongContext.from_json(figures["long_context"])
+    except (KeyError, TypeError):
+        return None
+    return found if found.against_sha256 == conditions.base_sha256 and wanted.gave(found) else None
 
 
 def save_figures(location: Location, protocol: str, figures: dict) -> bool:

@@ -80,7 +80,8 @@ class Figures:
 class LongContext:
     """``theirs``: the same questions answered by what ``against`` names, empty where there is nothing to compare.
 
-    ``text``: "synthetic" or the name of the user's text, with its digest; ``positions``: by length.
+    ``text``: "synthetic" or the name of the user's text, with its digest; ``positions``: by length;
+    ``against_sha256``: digest of the base, None where ``against`` is none.
     """
 
     lengths: tuple[int, ...]
@@ -93,6 +94,23 @@ class LongContext:
     answers: tuple[Answer, ...]
     theirs: tuple[Answer, ...]
     positions: dict[int, tuple[PositionLoss, ...]]
+    against_sha256: str | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LongContext:
+        """What `to_json` wrote, also by way of a file; KeyError or TypeError where it is something else."""
+        rows, against = data.get("items", []), data.get("against")
+        answers = [Answer(**{name: row[name] for name in Answer.__dataclass_fields__}) for row in rows]
+        theirs = [
+            dataclasses.replace(answer, match=row["base_match"], logprob=row["base_logprob"])
+            for answer, row in zip(answers, rows, strict=True)
+            if against is not None
+        ]
+        positions = {int(length): tuple(map(_read_position, of)) for length, of in data.get("perplexity", {}).items()}
+        return cls(
+            tuple(data["lengths"]), data["seed"], data["text"], data.get("text_sha256"), data.get("kv"), data["chat"],
+            against, tuple(answers), tuple(theirs), positions, data.get("against_sha256"),
+        )  # fmt: skip
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -118,10 +136,10 @@ class LongContext:
 
         Each has ``value``, ``stderr`` and, against a base, ``change.{value,stderr,p}``. ``perplexity.<length>`` is
         a list of ``first``, ``last``, ``value``, ``nll``, ``stderr`` (of nll) and ``change`` (of nll). ``items`` has
-        a row for each question.
+        a row for each question, with what the base made of it as ``base_match`` and ``base_logprob``.
         """
         out: dict[str, Any] = {"lengths": list(self.lengths), "seed": self.seed, "chat": self.chat, "text": self.text}
-        optional = {"text_sha256": self.text_sha256, "kv": self.kv, "against": self.against}
+        optional = {name: getattr(self, name) for name in ("text_sha256", "kv", "against", "against_sha256")}
         out.update({key: value for key, value in optional.items() if value is not None})
         if self.answers:
             out["all"] = self.figures().to_json()
@@ -130,6 +148,8 @@ class LongContext:
                 for task in self.tasks
             }
             out["items"] = [dataclasses.asdict(answer) for answer in self.answers]
+            for row, other in zip(out["items"], self.theirs, strict=False):
+                row.update(base_match=other.match, base_logprob=other.logprob)
         if self.positions:
             out["perplexity"] = {
                 str(length): [_position_json(part) for part in parts] for length, parts in self.positions.items()
@@ -158,6 +178,12 @@ def _position_json(part: PositionLoss) -> dict[str, Any]:
     out = {"first": part.first, "last": part.last, "value": part.perplexity, "nll": part.nll, "stderr": part.stderr}
     change = _paired_json(part.change)
     return out if change is None else {**out, "change": change}
+
+
+def _read_position(part: dict[str, Any]) -> PositionLoss:
+    said, count = part.get("change"), part["last"] - part["first"] + 1
+    change = Paired(said["value"], said.get("stderr", float("nan")), said["p"], count) if said else None
+    return PositionLoss(part["first"], part["last"], part["nll"], part["stderr"], change)
 
 
 def _paired_json(change: Paired | None) -> dict[str, Any] | None:

@@ -50,6 +50,19 @@ class LongContextSettings:
         if self.seed < 0:
             raise InputError(f"long context: seed is {self.seed}; 0 or more is right")
 
+    def gave(self, found: LongContext) -> bool:
+        """Whether ``found`` is what these settings ask for, of whatever model."""
+        asked = tuple(name for name in TASKS if name in self.tasks)
+        length, digest = len(self.lengths), self.text.digest if self.text else None
+        return (
+            (found.lengths, found.seed, found.text_sha256) == (self.lengths, self.seed, digest)
+            and found.kv == (str(self.kv) if self.kv else None)
+            and found.tasks == asked
+            and len(found.answers) == len(asked) * length * self.samples * self.questions
+            and {answer.sample for answer in found.answers} == set(range(self.samples if asked else 0))
+            and set(found.positions) == (set(self.lengths) if PERPLEXITY in self.tasks else set())
+        )
+
     @property
     def recipe(self) -> Recipe:
         asked = tuple(name for name in TASKS if name in self.tasks)

@@ -314,9 +314,7 @@ def test_the_tokens_that_suffered_most_are_told_with_their_text(llama3, noisy):
     assert kls[0] == found.max_kl
     worst = found.worst[0]
     assert worst.text == engine.decode(ids[worst.index : worst.index + 1])
-    window = next(
-        w for w in SLIDING.cut(engine, WORDS) if w.start + w.first < worst.index < w.start + len(w.tokens)
-    )
+    window = next(w for w in SLIDING.cut(engine, WORDS) if w.start + w.first < worst.index < w.start + len(w.tokens))
     start = window.start
     logs = {
         name: torch.log_softmax(

@@ -1,6 +1,7 @@
 """Questions on long contexts: what is asked, that answers are scored as they should be, and that a fault shows."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from llmlite.checkpoint.artifact import write_manifest
 from llmlite.errors import InputError
 from llmlite.evals.engines import open_engine
-from llmlite.evals.evaluate import EvalSettings, evaluate
+from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
 from llmlite.evals.generate import TransformersReader, reader_of
 from llmlite.evals.kv import F32, parse_kv
 from llmlite.evals.longcontext.filler import DEEDS, ENDINGS, NOUNS, PEOPLE, TIMES
@@ -186,6 +188,37 @@ def test_an_evaluation_compares_with_the_usual_cache(tiny):
     console.print(long_context_table(result.long_context))
     text = console.export_text()
     assert "multi_key" in text and "perplexity" in text and "the usual cache" in text
+
+
+def test_answers_that_are_still_valid_are_not_asked_again(tiny, tmp_path, monkeypatch):
+    artifact = shutil.copytree(tiny, tmp_path / "artifact")
+    write_manifest(artifact, {"kind": "artifact"})
+    settings = EvalSettings(
+        base=str(tiny), long_context=(LENGTH,), long_context_questions=2, long_context_tasks=("passkey", "perplexity"),
+        threads=1,
+    )  # fmt: skip
+    first = evaluate(artifact, settings)
+    save_in_manifest(artifact, first)
+
+    class AskedError(Exception):
+        pass
+
+    def ask_again(*_):
+        raise AskedError
+
+    monkeypatch.setattr("llmlite.evals.evaluate.run_long_context", ask_again)
+    again = evaluate(artifact, settings).long_context
+    assert again.to_json() == json.loads(json.dumps(first.long_context.to_json()))
+    assert again.figures().logprob.change == first.long_context.figures().logprob.change
+    for changes in (
+        {"again": True}, {"base": None}, {"kv": "bf16"}, {"long_context_seed": 1}, {"long_context_questions": 1},
+        {"long_context_samples": 2}, {"long_context_tasks": ("passkey",)}, {"long_context": (LENGTH - 1,)},
+    ):  # fmt: skip
+        with pytest.raises(AskedError):
+            evaluate(artifact, replace(settings, **changes))
+    (artifact / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    with pytest.raises(AskedError):
+        evaluate(artifact, settings)
 
 
 def test_both_engines_answer_alike(tmp_path):

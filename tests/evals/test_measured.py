@@ -162,7 +162,10 @@ def test_the_command_says_what_is_wrong_with_status_2(tiny, text, tmp_path, caps
         ([str(tmp_path / "none.gguf"), "--text", text], "none.gguf: there is no such file"),
         ([str(tiny), "--text", str(tmp_path / "none.txt")], "none.txt: no such text file"),
         ([str(tiny), "--text", str(tmp_path / "empty.txt")], "empty.txt: holds no text"),
-        ([str(tiny), "--text", str(tmp_path / "short.txt")], "text 'short' has 2 tokens, and protocol llama.cpp needs 512"),
+        (
+            [str(tiny), "--text", str(tmp_path / "short.txt")],
+            "text 'short' has 2 tokens, and protocol llama.cpp needs 512",
+        ),
         ([str(tiny), "--text", text, "--base", str(other)], "puts token 1 in front of a text, the artifact's nothing"),
         ([str(tiny), "--text", text, "--base", str(stranger)], "tokenize the text differently from token"),
         ([str(smaller), "--text", text, "--base", str(larger)], "not the model it was made from"),
