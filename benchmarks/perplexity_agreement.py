@@ -62,7 +62,11 @@ def main() -> int:
     programs = tools(args.tools)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         bench = Bench(programs, Path(scratch), args)
-        rows = [bench.base_row(), *(row for kind in args.types for row in bench.rows(kind))]
+        rows = []
+        for found in ([bench.base_row()], *map(bench.rows, args.types)):
+            rows += found
+            for model, figure, theirs, ours in found:  # a run is long, and may be cut off
+                print(f"{model}, {figure}: {theirs:.6g} and {ours:.6g}", file=sys.stderr)
     name = args.base.name if args.base else args.model
     return report(rows, f"{name} on {args.text.name}, {args.windows} windows of 512, {args.threads} threads")
 

@@ -50,7 +50,7 @@ class RaplMeter:
 
 
 class NvmlMeter:
-    """One GPU by its UUID ("GPU-..."), through the package pynvml."""
+    """One GPU by its UUID ("GPU-..."), through the module pynvml of the package nvidia-ml-py."""
 
     name = "NVML, GPU"
 
