@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Build llama-perplexity, llama-quantize and llama-imatrix from the source that llama-cpp-python ships.
+"""Build llama-perplexity, llama-quantize, llama-imatrix and llama-server from the source of llama-cpp-python.
 
     python benchmarks/llama_cpp_tools.py [--folder build/llama.cpp]
 
 Their llama.cpp is then the one that the package llama_cpp computes with. The source comes through pip; cmake, ninja
-and a C++ compiler must be there. What is built already is used again. On 2 cores the build takes about 10 minutes.
+and a C++ compiler must be there. What is built already is used again. On 2 cores the build takes about 15 minutes.
 """
 
 import argparse
@@ -15,17 +15,18 @@ import tarfile
 from pathlib import Path
 
 VERSION = "0.3.36"  # of llama-cpp-python; keep it equal to the installed one
-TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix")
+TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-server")
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "llama.cpp"
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "LLAMA_CURL": "OFF",
-    **{f"LLAMA_BUILD_{part}": "OFF" for part in ("SERVER", "TESTS", "EXAMPLES", "APP", "MTMD", "UI")},
+    "LLAMA_USE_PREBUILT_UI": "OFF",
+    **{f"LLAMA_BUILD_{part}": "OFF" for part in ("TESTS", "EXAMPLES", "APP", "MTMD", "UI")},
 }
 
 
 def tools(folder: Path = FOLDER) -> Path:
-    """The directory with the three programs, built in ``folder`` unless they are there; SystemExit says why not."""
+    """The directory with the programs, built in ``folder`` unless they are there; SystemExit says why not."""
     programs = folder / "bin"
     if all((programs / tool).is_file() for tool in TOOLS):
         return programs

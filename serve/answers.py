@@ -13,7 +13,7 @@ from llmlite.serve.engines.base import Engine
 from llmlite.serve.errors import as_api_error
 from llmlite.serve.generation import Delta, TokenScore
 from llmlite.serve.inbox import Failed, Inbox
-from llmlite.serve.service import Service
+from llmlite.serve.models import Served
 
 UNLIKELY = -9999.0
 """OpenAI's least log-probability; JSON has no minus infinity."""
@@ -25,8 +25,8 @@ class Answer:
     kind: str
     chunk_kind: str
 
-    def __init__(self, service: Service, prompts: list[int], n: int, include_usage: bool) -> None:
-        self.engine = service.engine
+    def __init__(self, served: Served, prompts: list[int], n: int, include_usage: bool) -> None:
+        self.engine = served.service.engine
         self.include_usage = include_usage
         self.choices = len(prompts)
         self._prompt_tokens = sum(prompts[::n])  # the n choices of a prompt share it
@@ -36,8 +36,8 @@ class Answer:
         self._common = {
             "id": f"{'chatcmpl' if self.kind.startswith('chat') else 'cmpl'}-{uuid.uuid4().hex}",
             "created": int(time.time()),
-            "model": service.name,
-            "system_fingerprint": service.fingerprint,
+            "model": served.name,
+            "system_fingerprint": served.service.fingerprint,
         }
 
     def note(self, index: int, delta: Delta) -> None:
@@ -86,8 +86,8 @@ class ChatAnswer(Answer):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, service: Service, prompts: list[int], include_usage: bool, logprobs: bool) -> None:
-        super().__init__(service, prompts, len(prompts), include_usage)
+    def __init__(self, served: Served, prompts: list[int], include_usage: bool, logprobs: bool) -> None:
+        super().__init__(served, prompts, len(prompts), include_usage)
         self._logprobs = logprobs
 
     def opening(self) -> list[dict[str, Any]]:
@@ -138,14 +138,14 @@ class CompletionAnswer(Answer):
 
     def __init__(
         self,
-        service: Service,
+        served: Served,
         prompts: list[int],
         n: int,
         include_usage: bool,
         logprobs: bool,
         echoes: list[tuple[str | list[int], list[int]] | None],
     ) -> None:
-        super().__init__(service, prompts, n, include_usage)
+        super().__init__(served, prompts, n, include_usage)
         self._logprobs = logprobs
         self._echoes = [("", []) if echo is None else prompt_text(self.engine, *echo) for echo in echoes]
         self._begun = [False] * len(prompts)

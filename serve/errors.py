@@ -57,7 +57,8 @@ def as_api_error(error: Exception) -> ApiError:
             message = f"too many requests are waiting; try again in {seconds} s"
             return ApiError(429, message, code="queue_full", headers={"Retry-After": str(seconds)})
         case EngineDead():
-            return ApiError(503, "the engine has stopped; the server must be started anew", code="engine_dead")
+            message = "the engine has stopped and is being opened again"
+            return ApiError(503, message, code="engine_dead", headers={"Retry-After": "2"})
         case ShuttingDown():
             return ApiError(503, "the server is shutting down", code="shutting_down")
         case ClientGone():

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmlite.serve.constraint import Constraint
 from llmlite.serve.engines.base import CHUNK, Engine, Sequence
-from llmlite.serve.sampling import Sampling, choose, generator, log_softmax, most_likely
+from llmlite.serve.sampling import Sampling, allowed, choose, generator, log_softmax, most_likely
 from llmlite.serve.text import TextStream
 
 
@@ -16,7 +18,8 @@ from llmlite.serve.text import TextStream
 class Work:
     """What one sequence is to do. ``len(prompt) + max_tokens`` fits the engine's context; the prompt isn't empty.
 
-    ``top_logprobs`` None: no log-probabilities; ``score_prompt``: those of the prompt's tokens, too.
+    ``top_logprobs`` None: no log-probabilities; ``score_prompt``: those of the prompt's tokens, too; ``adapter``:
+    the low-rank adapter to run with; ``constraint`` makes the state of the grammar that the output must follow.
     """
 
     prompt: list[int]
@@ -27,6 +30,8 @@ class Work:
     stops: tuple[str, ...] = ()
     top_logprobs: int | None = None
     score_prompt: bool = False
+    adapter: str | None = None
+    constraint: Callable[[], Constraint] | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class Generation:
         self._engine = engine
         self._sequence: Sequence | None = None
         self._text = TextStream(work.stops)
+        self._constraint = None if work.constraint is None else work.constraint()
         self._random = None if work.sampling.greedy else generator(work.seed, work.choice)
         self._counts: Counter[int] = Counter()
         self._generated = 0
@@ -99,8 +105,11 @@ class Generation:
             raise FloatingPointError("the model's logits are not finite: its weights are damaged or it overflowed")
         if self._work.max_tokens == 0:
             return self._delta("", "length")
-        token = choose(logits, self._work.sampling, self._counts, self._random)
+        mask = None if self._constraint is None else self._constraint.mask()
+        token = choose(allowed(logits, mask), self._work.sampling, self._counts, self._random)
         self._generated += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
         if token in self._engine.eos:
             return self._delta(self._text.finish(), "stop")
         self._last = token

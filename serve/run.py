@@ -22,12 +22,19 @@ def serve(artifact: str | Path, settings: ServeSettings) -> None:
     uvicorn = need("serve", "uvicorn")
     need("serve", "fastapi")
     from llmlite.serve.app import create_app
-    from llmlite.serve.engines import open_artifact
+    from llmlite.serve.engines import Opened, open_artifact
+    from llmlite.serve.models import ModelSpec
 
     with _bind(settings) as listener:
-        opened = open_artifact(artifact, settings)
-        app = create_app(opened.engine, settings, opened.name, opened.manifest)
-        service = app.state.service
+        first = open_artifact(artifact, settings)
+        opened = [first]  # it is loaded before anyone can connect, and again after its engine died
+
+        def reopen() -> Opened:
+            return opened.pop() if opened else open_artifact(artifact, settings)
+
+        spec = ModelSpec(settings.name or first.name, reopen)
+        app = create_app([spec], settings)
+        ready = _ready_line(spec.name, first.engine, listener)
 
         class Server(uvicorn.Server):  # type: ignore[name-defined, misc]
             should_exit: bool
@@ -37,7 +44,7 @@ def serve(artifact: str | Path, settings: ServeSettings) -> None:
                     await super().startup(sockets)
                 except OSError as error:  # another process, bound like this one, was first to listen
                     raise _not_listening(settings, error) from None
-                print(_ready_line(service.name, opened.engine, listener), flush=True)
+                print(ready, flush=True)
 
             def handle_exit(self, sig: int, frame: FrameType | None) -> None:
                 """As uvicorn's, but an end that was asked for is no death by signal: the exit status is 0."""
@@ -45,7 +52,7 @@ def serve(artifact: str | Path, settings: ServeSettings) -> None:
                 self.should_exit = True
 
             async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                service.scheduler.drain()
+                app.state.models.drain()
                 await super().shutdown(sockets)
 
         config = uvicorn.Config(app, log_level="warning", access_log=False)

@@ -58,6 +58,11 @@ def adjust(logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int]) ->
     return logits
 
 
+def allowed(logits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Logits [vocab] with minus infinity where ``mask``, bool [vocab], is false; None: as they are."""
+    return logits if mask is None else np.where(mask, logits, np.float32(-np.inf))
+
+
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may be drawn and their probabilities (float32 weights, float64 sums that end at 1)."""
     with np.errstate(over="ignore"):  # minus infinity, of which exp makes the right 0

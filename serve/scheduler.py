@@ -35,7 +35,7 @@ class QueueFull(Exception):
 
 
 class EngineDead(Exception):
-    """The engine thread has ended; nothing can run until the server is started anew."""
+    """The engine thread has ended; nothing can run until the engine is opened again."""
 
 
 class ShuttingDown(Exception):
@@ -74,7 +74,13 @@ class Scheduler:
         # Why nothing is accepted any more, made anew for everyone: each raise adds its frames to an exception.
         self._refusal: Callable[[], Exception] | None = None
         self._stop = False
+        self._dead = False
         self._thread = threading.Thread(target=self._own, name="engine", daemon=True)
+
+    @property
+    def dead(self) -> bool:
+        """The engine thread has ended by itself."""
+        return self._dead
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -141,6 +147,7 @@ class Scheduler:
         except BaseException as broken:  # the thread's last words: whoever waits must hear of them
             log.critical("the engine thread has ended", exc_info=broken)
             refusal = partial(EngineDead, str(broken))
+            self._dead = True
         self._end(refusal)
 
     def _prepare(self) -> bool:

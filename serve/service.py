@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llmlite
-from llmlite.serve.engines.base import Engine
+from llmlite.serve.engines import Opened
 from llmlite.serve.errors import ApiError
 from llmlite.serve.generation import Work
 from llmlite.serve.sampling import Sampling
@@ -18,45 +17,53 @@ from llmlite.serve.scheduler import Scheduler
 from llmlite.serve.schema import Generating
 from llmlite.serve.settings import ServeSettings
 
+if TYPE_CHECKING:
+    from llmlite.serve.models import ModelSpec
+
 
 class Service:
     """What the endpoints share: the engine, its scheduler and a thread for templates and tokenizing."""
 
-    def __init__(self, engine: Engine, settings: ServeSettings, name: str, manifest: dict[str, Any] | None) -> None:
-        self.engine = engine
-        self.name = name
-        self.manifest = manifest or {}
-        self.created = int(time.time())
-        self.scheduler = Scheduler(engine, settings.max_queue)
+    def __init__(self, opened: Opened, settings: ServeSettings, spec: ModelSpec) -> None:
+        self.engine = opened.engine
+        self.name = spec.name
+        self.manifest = opened.manifest or {}
+        self.scheduler = Scheduler(self.engine, settings.max_queue)
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
-        identity = "\n".join([name, engine.name, engine.version, llmlite.__version__, repr(self.manifest)])
+        engine = self.engine
+        identity = "\n".join([spec.name, engine.name, engine.version, llmlite.__version__, repr(self.manifest)])
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+    def close(self) -> None:
+        """Finish what runs, refuse what waits, then free the model. Blocks."""
+        self.scheduler.drain()
+        self.scheduler.stop()
+        self._text_thread.shutdown()
+        self.engine.close_model()
 
     async def encode(self, what: str | list[dict[str, str]]) -> list[int]:
         """Token ids of a text or a conversation, off the event loop: a megabyte takes a second."""
         call = self.engine.encode if isinstance(what, str) else self.engine.encode_chat
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, call, what)  # type: ignore[arg-type]
 
-    def check_model(self, name: str) -> None:
-        """Raises a 404 for a model that isn't the one served."""
-        if name != self.name:
-            message = f"the model {name!r} is not served here; this server has {self.name!r}"
-            raise ApiError(404, message, "model", "model_not_found")
-
-    def model_card(self) -> dict[str, Any]:
-        """OpenAI's model object, and under ``llmlite`` what is known of the artifact, its measured cost included."""
-        facts = {
+    def facts(self) -> dict[str, Any]:
+        """What is known of the artifact: its engine, context, format, base and measured cost."""
+        return {
             "engine": {"name": self.engine.name, "version": self.engine.version},
             "context": self.engine.context,
             "format": self.manifest.get("format"),
             "base": self.manifest.get("base"),
             "evals": self.manifest.get("evals", {}),
         }
-        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "llmlite"}
-        return {**card, "llmlite": facts}
 
     def works(
-        self, request: Generating, prompt: list[int], field: str, limit: int | None, top_logprobs: int | None
+        self,
+        request: Generating,
+        prompt: list[int],
+        field: str,
+        limit: int | None,
+        top_logprobs: int | None,
+        adapter: str | None,
     ) -> list[Work]:
         """The ``n`` sequences that a request wants of one prompt, from its field ``field``.
 
@@ -70,6 +77,7 @@ class Service:
             seed=request.seed,
             stops=tuple(request.stop),
             top_logprobs=top_logprobs,
+            adapter=adapter,
         )
         return [replace(work, choice=choice) for choice in range(request.n or 1)]
 

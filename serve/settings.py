@@ -22,6 +22,9 @@ class ServeSettings:
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: all that may be used)"})
     max_queue: int = field(default=64, metadata={"help": "sequences that may wait; more get status 429"})
     max_body: int = field(default=16 * 2**20, metadata={"help": "largest request body in bytes; more gets status 413"})
+    idle_unload: float | None = field(
+        default=None, metadata={"help": "seconds after which a model that nobody uses is unloaded (default: never)"}
+    )
     api_key_file: Path | None = field(
         default=None, metadata={"help": "file with one API key a line; without it no key is asked for"}
     )

@@ -76,6 +76,9 @@ class Engine(Protocol):
     def close(self, sequence: Sequence, keep: bool) -> None:
         """Free the slot; ``keep`` its prompt for a later `open`, or forget it (after an error)."""
 
+    def close_model(self) -> None:
+        """Free the weights and all sequences; nothing may be called after it."""
+
 
 class Slots:
     """Which slots are free and which prompt each still holds.

@@ -91,6 +91,9 @@ class LlamaCppEngine:
         self._pool.put_back(sequence, keep)
         self._cut(sequence)
 
+    def close_model(self) -> None:
+        self._llama.close()
+
     def _decode(self, tokens: int, rows: int) -> np.ndarray:
         self._llama.batch.struct.n_tokens = tokens
         status = self._api.llama_decode(self._llama.context, self._llama.batch.struct)

@@ -73,6 +73,9 @@ class TransformersEngine:
         self._pool.put_back(sequence, keep)
         self._cut(sequence)
 
+    def close_model(self) -> None:
+        del self._model, self._caches
+
     @torch.inference_mode()
     def _forward(self, sequence: Sequence, tokens: list[int], rows: int) -> np.ndarray:
         head = {"logits_to_keep": rows} if self._trims_head else {}

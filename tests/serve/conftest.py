@@ -15,16 +15,22 @@ uvicorn = pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
 from llmlite.serve.app import create_app  # noqa: E402
+from llmlite.serve.engines import Opened  # noqa: E402
+from llmlite.serve.models import Models, ModelSpec  # noqa: E402
 from llmlite.serve.settings import ServeSettings  # noqa: E402
 from tests.serve.scripted_engine import ScriptedEngine  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs: its URL, its app's service, and ways to ask it."""
+    """A server that runs: its URL, its app's models, and ways to ask it."""
 
     url: str
-    service: object
+    models: Models
+
+    @property
+    def engine(self):
+        return self.models.models[0].service.engine
 
     @property
     def client(self):
@@ -64,12 +70,13 @@ class Running:
 
 @contextmanager
 def running(engine, manifest=None, **settings):
-    app = create_app(engine, ServeSettings(**settings), manifest=manifest)
+    spec = ModelSpec("model", lambda: Opened(engine, "model", manifest))
+    app = create_app([spec], ServeSettings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    server_up = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.service)
+    server_up = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.models)
     try:
         assert server_up.wait(lambda: server.started)
         yield server_up

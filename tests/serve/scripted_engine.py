@@ -50,6 +50,9 @@ class ScriptedEngine:
         self.running.remove(sequence)
         self.pool.put_back(sequence, keep)
 
+    def close_model(self):
+        assert not self.running
+
     def prefill(self, sequence, tokens, every_row):
         assert 0 < len(tokens) <= CHUNK
         self.calls.append(len(tokens))

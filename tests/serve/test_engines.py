@@ -113,7 +113,7 @@ def test_greedy_chat_equals_generate(case):
         ties = np.flatnonzero(best[:, -1] - best[:, -2] < 0.01)
         wanted = wanted[: ties[0]] if len(ties) else wanted
         assert len(wanted) > 5
-    engine = server.service.engine
+    engine = server.engine
     data = b"".join(engine.token_bytes(token, special=False) for token in wanted if token not in engine.eos)
     said = data.decode("utf-8", "replace")
     assert text == said if kind == "transformers" else text.startswith(said.rstrip("\ufffd"))
@@ -204,7 +204,7 @@ def test_the_end_token_ends_it_and_is_not_said(case):
 @pytest.mark.parametrize("text", ["Hello 12 🦙", "<|im_start|>Hello", "a"])
 def test_bos_stands_in_front_once(case, text):
     tiny, server, _ = case
-    engine = server.service.engine
+    engine = server.engine
     wanted = tiny.tokenizer(text).input_ids
     begin = tiny.tokenizer.bos_token_id
     wanted = wanted[1:] if wanted[:2] == [begin, begin] else wanted
@@ -222,12 +222,12 @@ def test_chat_ids_are_those_of_transformers(case):
         {"role": role, "content": text} for role, text in zip(["system", "user", "assistant"] * 3, TEXTS, strict=False)
     ]
     text = tiny.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert server.service.engine.encode_chat(messages) == tiny.tokenizer(text, add_special_tokens=False).input_ids
+    assert server.engine.encode_chat(messages) == tiny.tokenizer(text, add_special_tokens=False).input_ids
 
 
 def test_bytes_of_tokens_make_up_the_text(case):
     tiny, server, _ = case
-    engine = server.service.engine
+    engine = server.engine
     for text in TEXTS:
         data = b"".join(engine.token_bytes(token, special=False) for token in engine.encode(text))
         assert data.decode() in (text, " " + text)
@@ -238,7 +238,7 @@ def test_bytes_of_tokens_make_up_the_text(case):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_engines_agree_on_every_token(model, serving):
-    one, other = (serving(model, engine).service.engine for engine in ENGINES)
+    one, other = (serving(model, engine).engine for engine in ENGINES)
     assert one.vocab_size == other.vocab_size
     assert one.context == other.context == 512
     assert one.eos <= other.eos  # llama.cpp knows some end tokens by their names

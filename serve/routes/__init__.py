@@ -1,0 +1,1 @@
+"""One file per family of endpoints; each has a router, and `ROUTERS` is what the app installs."""

@@ -1,0 +1,41 @@
+"""GET /health asks every loaded engine."""
+
+from __future__ import annotations
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from llmlite.serve.errors import ApiError, as_api_error
+from llmlite.serve.models import Model
+from llmlite.serve.routes.answering import models_of
+from llmlite.serve.scheduler import EngineDead, ShuttingDown
+
+PATIENCE = 30.0
+"""Seconds /health waits for an engine thread, which answers between two steps."""
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """200 when every loaded engine's own thread has answered; 503 where one is dead, silent or shutting down."""
+    loads = await asyncio.gather(*(ask(model) for model in models_of(request).models))
+    total = {key: sum(load[key] for load in loads) for key in ("running", "waiting")}
+    return JSONResponse({"status": "ok", **total})
+
+
+async def ask(model: Model) -> dict[str, int]:
+    """How many sequences run and wait, as the engine thread itself says."""
+    if model.failure is not None:
+        raise ApiError(503, f"{model.spec.name}: {model.failure}; it is being opened again", code="engine_dead")
+    if model.service is None:
+        return {"running": 0, "waiting": 0}
+    try:
+        return await asyncio.wait_for(asyncio.wrap_future(model.service.scheduler.ping()), PATIENCE)
+    except TimeoutError:
+        message = f"{model.spec.name}: the engine has not answered for {PATIENCE:.0f} s"
+        raise ApiError(503, message, code="engine_silent") from None
+    except (EngineDead, ShuttingDown) as error:
+        raise as_api_error(error) from None
