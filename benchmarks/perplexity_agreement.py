@@ -62,8 +62,9 @@ def main() -> int:
     programs = tools(args.tools)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
         bench = Bench(programs, Path(scratch), args)
-        rows = []
-        for found in ([bench.base_row()], *map(bench.rows, args.types)):
+        rows: list[Row] = []
+        for kind in (None, *args.types):
+            found = [bench.base_row()] if kind is None else bench.rows(kind)
             rows += found
             for model, figure, theirs, ours in found:  # a run is long, and may be cut off
                 print(f"{model}, {figure}: {theirs:.6g} and {ours:.6g}", file=sys.stderr)

@@ -187,7 +187,7 @@ def memory(evaluations: Evaluations) -> Picture | None:
         seen, handles = [float(CARD)], []
         for number, of in enumerate(known.values()):
             colour = SERIES[number % 6]
-            line = [(of["weights"] + of["kv_per_token"] * context) / GIB for context in contexts]
+            line = [(of["weights"] + cache_at(of, context)) / GIB for context in contexts]
             handles += axes.plot(contexts, line, color=colour)
             peaks = [(at["context"], at["peak"] / GIB) for at in of.get("contexts") or [] if at.get("peak")]
             if peaks:
@@ -202,6 +202,19 @@ def memory(evaluations: Evaluations) -> Picture | None:
         _legend(axes, handles, list(known))
 
     return draw("Memory against context: weights and cache as a line, measured peaks as points", paint)
+
+
+def cache_at(memory: Mapping[str, Any], context: int) -> float:
+    """Bytes of cache at a context: between the measured ones, or beyond them as it grew between the last two.
+
+    With fewer than two, every position counts in every layer, which is too much where layers have a sliding window.
+    """
+    at = sorted((one["context"], one["kv"]) for one in memory.get("contexts") or [] if one.get("kv") is not None)
+    if len(at) < 2:
+        return memory["kv_per_token"] * context
+    last = next((n for n in range(1, len(at)) if at[n][0] >= context), len(at) - 1)
+    (start, low), (stop, high) = at[last - 1], at[last]
+    return low + (high - low) * (context - start) / (stop - start)
 
 
 def speed(evaluations: Evaluations) -> Picture | None:

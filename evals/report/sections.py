@@ -173,8 +173,8 @@ def _memory(evaluations: Evaluations) -> Section:
     return Section(
         "memory", "Memory against context", tables=tables, missing="needs --memory",
         pictures=[picture for picture in [pictures.memory(evaluations)] if picture],
-        text="The line takes every layer to keep all positions; layers with a sliding window keep fewer. Peaks are of "
-        "the whole process.",
+        text="Beyond the longest context measured the line goes on as the cache grew between the last two. Peaks are "
+        "of the whole process.",
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import pytest
 from llmlite.cli import main
 from llmlite.errors import InputError
 from llmlite.evals.report.card import BEGIN, END, with_section, write_card
-from llmlite.evals.report.pictures import VARIABLES
+from llmlite.evals.report.pictures import VARIABLES, cache_at
 from llmlite.evals.report.run import ReportSettings, write_report
 from llmlite.evals.report.sections import sections
 from llmlite.evals.report.views import Table, flat, size
@@ -151,6 +151,13 @@ def test_pictures_take_the_pages_colours_and_are_xml(page):
         assert colour not in source
         assert source.count(f"{variable[4:-1]}:") == 2, "one for light, one for dark"
     assert "prefers-color-scheme: dark" in source
+
+
+def test_the_cache_of_sliding_windows_is_drawn_as_it_was_measured():
+    held = [{"context": context, "kv": kv} for context, kv in ((512, 100), (1024, 150), (4096, 210))]
+    memory = {"kv_per_token": 1, "contexts": held}
+    assert [cache_at(memory, n) for n in (256, 512, 768, 2560, 7168)] == [75, 100, 125, 180, 270]
+    assert cache_at({"kv_per_token": 3, "contexts": held[:1]}, 1000) == 3000
 
 
 def test_every_figure_is_there(page):
