@@ -53,16 +53,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Room:
-    """How many tokens the cache holds of sequences that run, of ones kept for reuse, and how many it can hold."""
+    """How many tokens the cache holds of sequences that run, of ones kept for reuse, and how many it can hold.
+
+    ``shared`` False: each slot has room of its own for a whole context, and never lacks any.
+    """
 
     used: int
     kept: int
     total: int
+    shared: bool
 
-    @property
-    def spare(self) -> int:
-        """Tokens that sequences can still take, those kept for reuse having made room."""
-        return self.total - self.used
+    def fits(self, tokens: int) -> bool:
+        """Whether sequences can take so many more, those kept for reuse having made room."""
+        return not self.shared or self.used + tokens <= self.total
 
 
 class Engine(Protocol):
