@@ -53,16 +53,19 @@ class Piece:
 
 @dataclass(frozen=True)
 class Room:
-    """How many tokens the cache holds of sequences that run, of ones kept for reuse, and how many it can hold."""
+    """How many tokens the cache holds of sequences that run, of ones kept for reuse, and how many it can hold.
+
+    ``shared`` False: each slot has room of its own for a whole context, and never lacks any.
+    """
 
     used: int
     kept: int
     total: int
+    shared: bool
 
-    @property
-    def spare(self) -> int:
-        """Tokens that sequences can still take, those kept for reuse having made room."""
-        return self.total - self.used
+    def fits(self, tokens: int) -> bool:
+        """Whether sequences can take so many more, those kept for reuse having made room."""
+        return not self.shared or self.used + tokens <= self.total
 
 
 class Engine(Protocol):
@@ -99,7 +102,7 @@ class Engine(Protocol):
         """
 
     def step(self, pieces: Items[Piece]) -> list[np.ndarray]:
-        """Append the pieces, each to its own sequence: float32 logits [rows, vocab] for each.
+        """Append the pieces, each to its own sequence, all with one adapter: float32 logits [rows, vocab] for each.
 
         The arrays are valid until the next step. Raises `NoRoom`; that and every other error but `EngineBroken`
         leave all sequences as they were.
@@ -117,6 +120,9 @@ class Engine(Protocol):
 
     def resume(self, sequence: Sequence) -> None:
         """Bring a suspended sequence back, into a free slot. Raises `NoRoom`."""
+
+    def checkpoint(self, sequence: Sequence) -> None:
+        """Where positions can't be taken back: keep a copy of what the sequence holds now for later prompts."""
 
     def close(self, sequence: Sequence, keep: bool) -> None:
         """Free the slot; ``keep`` its tokens for a later `open`, or forget them (after an error)."""
