@@ -53,7 +53,7 @@ class ServeSettings:
     cells: int | None = field(
         default=None, metadata={"help": "tokens that all contexts have room for (default: context times parallel)"}
     )
-    parallel: int = field(default=1, metadata={"help": "sequences that run side by side"})
+    parallel: int = field(default=4, metadata={"help": "sequences that run side by side"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: all that may be used)"})
     exact: bool = field(
         default=False,
@@ -64,9 +64,7 @@ class ServeSettings:
         metadata={"help": "speculative decoding: a smaller artifact of the same vocabulary, lookup or off"},
     )
 
-    cache_ram: str | None = field(
-        default=None, metadata={"help": "memory for prefixes that left the cells, as in 2GiB (default: none)"}
-    )
+    cache_ram: str = field(default="2GiB", metadata={"help": "host memory for prefixes that left their slot"})
     cache_dir: Path | None = field(
         default=None, metadata={"help": "folder in which prefixes outlive a restart (default: none)"}
     )
@@ -167,8 +165,7 @@ class ServeSettings:
 
     @property
     def cache_ram_bytes(self) -> int:
-        """0: no cache in memory."""
-        return 0 if self.cache_ram is None else _size("cache_ram", self.cache_ram)
+        return _size("cache_ram", self.cache_ram)
 
     @property
     def cache_disk_bytes(self) -> int:

@@ -205,6 +205,7 @@ class LlamaCppEngine:
             settings.cache_ram_bytes,
             settings.cache_dir,
             settings.cache_disk_bytes,
+            whole=not self.can_cut,
         )
 
     def _can_cut(self) -> bool:

@@ -74,7 +74,7 @@ class Slots:
         slot = source if in_place and source is not None else self._free()
         stored = None
         if reuse and self._store is not None:
-            stored = self._store.find(ids, adapter, whole=not self._memory.can_cut)
+            stored = self._store.find(ids, adapter)
             if stored is not None and self._whole(stored.length, len(ids)) < length + WORTH:
                 stored = None
         self._leave(slot, length if in_place and stored is None else 0)

@@ -29,7 +29,7 @@ class ScriptedEngine:
         self.context, self.slots, self.cells, self.can_cut = context, slots, cells, can_cut
         self.batch, self.outputs = 512, 512
         self.held: list[list[int]] = [[] for _ in range(slots)]
-        self.store = PrefixStore("scripted", 2**20)
+        self.store = PrefixStore("scripted", 2**20, whole=not can_cut)
         self.pool = Slots(slots, self, self.store)
         self.calls: list[int] = []
         self.steps: list[list[int]] = []

@@ -18,18 +18,19 @@ def test_the_longest_common_beginning_is_found():
     store = PrefixStore("f", 10**6)
     store.put(ids(range(50)), None, state(50, b"a"))
     store.put(ids(range(20), [99] * 60), None, state(80, b"b"))
-    match = store.find(ids(range(20), [99] * 10, [7]), None, whole=False)
+    match = store.find(ids(range(20), [99] * 10, [7]), None)
     assert match.length == 30 and store.take(match) == state(80, b"b")
-    assert store.find(ids(range(20), [99] * 10), "adapter", whole=False) is None
-    assert store.find(ids([5, 6]), None, whole=False) is None
+    assert store.find(ids(range(20), [99] * 10), "adapter") is None
+    assert store.find(ids([5, 6]), None) is None
 
 
 def test_states_that_cannot_be_cut_are_found_whole_or_not_at_all():
-    store = PrefixStore("f", 10**6)
+    store = PrefixStore("f", 10**6, whole=True)
     store.put(ids(range(50)), None, state(50))
-    assert store.find(ids(range(49), [7]), None, whole=True) is None
-    assert store.find(ids(range(50)), None, whole=True) is None, "the prompt's last token must be left over"
-    assert store.find(ids(range(51)), None, whole=True).length == 50
+    store.put(ids(range(60)), None, state(60))
+    assert store.find(ids(range(49), [7]), None) is None
+    assert store.find(ids(range(50)), None) is None, "the prompt's last token must be left over"
+    assert store.find(ids(range(51)), None).length == 50
 
 
 def test_a_longer_prefix_takes_the_place_of_a_shorter_one():
@@ -44,7 +45,7 @@ def test_memory_is_bounded_and_the_least_used_leaves_first():
     store = PrefixStore("f", 250)
     for first in (100, 200):
         store.put(ids([first] * 50), None, state(100))
-    store.take(store.find(ids([100] * 9), None, whole=False))
+    store.take(store.find(ids([100] * 9), None))
     store.put(ids([300] * 50), None, state(100))
     assert store.sizes() == (200, 0)
     assert store.has(ids([100] * 50), None) and store.has(ids([300] * 50), None)
@@ -60,11 +61,11 @@ def test_files_outlive_the_process_and_leave_with_another_fingerprint(tmp_path):
     store.close()
     again = PrefixStore("f", 300, tmp_path, 10**6)
     assert again.sizes() == (0, 800)
-    match = again.find(ids([2] * 300), "adapter", whole=False)
+    match = again.find(ids([2] * 300), "adapter")
     assert match.length == 200 and again.take(match) == state(200, b"2")
     again.close()
     other = PrefixStore("g", 300, tmp_path, 10**6)
-    assert other.find(ids([2] * 300), "adapter", whole=False) is None
+    assert other.find(ids([2] * 300), "adapter") is None
     other.close()
 
 
@@ -92,9 +93,9 @@ def test_a_damaged_file_is_no_prefix(tmp_path, harm):
         data[4:8] = b"\xff\xff\xff\xff"
     file.write_bytes(data[: {"cut": 300, "empty": 0}.get(harm, len(data))])
     again = PrefixStore("f", 300, tmp_path, 10**6)
-    match = again.find(ids([5] * 300), None, whole=False)
+    match = again.find(ids([5] * 300), None)
     assert match is None or again.take(match) is None
-    assert again.find(ids([5] * 300), None, whole=False) is None
+    assert again.find(ids([5] * 300), None) is None
     again.close()
 
 
@@ -105,4 +106,4 @@ def test_a_disk_that_is_full_costs_reuse_and_nothing_else(tmp_path, monkeypatch,
     store.close()
     assert "No space left" in caplog.text
     assert list(tmp_path.iterdir()) == []
-    assert store.take(store.find(ids([5] * 300), None, whole=False)) == state(200)
+    assert store.take(store.find(ids([5] * 300), None)) == state(200)
