@@ -64,11 +64,11 @@ def command(name: str, setup: Setup, port: int) -> list[str]:
             "--parallel", str(setup.slots), "--context", str(setup.context), *cells,
             "--max-queue", "1000", "--log-level", "error", *setup.more,
         ]  # fmt: skip
-    cells = setup.cells or setup.slots * setup.context
+    total = setup.cells or setup.slots * setup.context
     pool = [] if setup.cells is None else ["--kv-unified"]
     return [
         str(setup.tools / "llama-server"), "-m", str(setup.model), *shared, "--alias", "m", "--no-webui",
-        "-np", str(setup.slots), "-c", str(cells), *pool, "--threads-batch", str(setup.threads), *setup.more,
+        "-np", str(setup.slots), "-c", str(total), *pool, "--threads-batch", str(setup.threads), *setup.more,
     ]  # fmt: skip
 
 
