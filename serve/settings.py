@@ -165,6 +165,7 @@ class ServeSettings:
 
     @property
     def cache_ram_bytes(self) -> int:
+        """Most bytes of prefixes in host memory."""
         return _size("cache_ram", self.cache_ram)
 
     @property
@@ -175,18 +176,6 @@ class ServeSettings:
     def other_models(self) -> list[tuple[str, str]]:
         """Name and artifact of each model but the first."""
         return pairs("also", self.also)
-
-    def api_keys(self) -> frozenset[str]:
-        """The keys of ``api_key_file``; empty when none is asked for. Raises `InputError` for an empty file."""
-        if self.api_key_file is None:
-            return frozenset()
-        try:
-            keys = frozenset(line.strip() for line in self.api_key_file.read_text().splitlines() if line.strip())
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.api_key_file}: can't be read as a file of API keys ({error})") from None
-        if not keys:
-            raise InputError(f"{self.api_key_file}: holds no API key; write one on each line")
-        return keys
 
     @property
     def adapters(self) -> list[tuple[str, Path]]:
