@@ -9,10 +9,14 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmlite.serve.errors import ApiError
+from llmlite.serve.routes import web
+
+OPEN = frozenset({"/health"}) | web.PATHS
+"""What never needs a key."""
 
 
 class Guard:
-    """ASGI middleware. ``keys`` empty: anyone may ask. /health never needs a key."""
+    """ASGI middleware. ``keys`` empty: anyone may ask. /health and the chat page never need a key."""
 
     def __init__(self, app: ASGIApp, max_body: int, keys: frozenset[str]) -> None:
         self._app = app
@@ -41,7 +45,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self._keys and scope["path"] != "/health" and not self._known(headers.get("authorization", "")):
+        if self._keys and scope["path"] not in OPEN and not self._known(headers.get("authorization", "")):
             message = "an API key is needed: send the header 'Authorization: Bearer KEY'"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
