@@ -132,12 +132,12 @@ class ReplyView {
     tools.append(idle(iconButton("again", this.message.error ? "Try again" : "Write another reply",
       () => this.actions.regenerate(this.message))));
     this.foot.replaceChildren(tools, statsLine(this.message));
-    if (wasRunning) this.say(content);
+    if (wasRunning) this.say();
   }
 
-  say(content) {
+  say() {
     if (this.message.error) return; // the box is an alert
-    this.spoken.finish(content);
+    this.spoken.finish(this.message.content);
     announce(this.message.finish === "stopped" ? "Stopped" : `The reply is finished. ${counts(this.message)}`);
   }
 }
@@ -195,25 +195,32 @@ function counts({ stats, finish, error }, running = false) {
   return said.join(" · ");
 }
 
+const SENTENCE_END = /[.!?…。！？]["')\]]{0,4}\s|\n\n/g;
+const MARKS = /!?\[([^\]]{0,200})\]\([^)\s]{0,2000}\)|[*`~#>]+/g;
+
 /** Speaks each sentence once it is whole, not each token. */
 class Sentences {
   constructor() {
     this.said = 0;
+    this.looked = 0;
   }
 
   feed(text) {
-    const rest = text.slice(this.said);
-    const ends = [...rest.matchAll(/[.!?…。！？]["')\]]*\s|\n\n/g)];
-    if (ends.length) this.speak(rest.slice(0, ends.at(-1).index + ends.at(-1)[0].length));
+    SENTENCE_END.lastIndex = Math.max(this.said, this.looked - 8);
+    let end = 0;
+    while (SENTENCE_END.test(text)) end = SENTENCE_END.lastIndex;
+    this.looked = text.length;
+    if (end) this.speak(text, end);
   }
 
   finish(text) {
-    this.speak(text.slice(this.said));
+    this.speak(text, text.length);
   }
 
-  speak(part) {
-    this.said += part.length;
-    const plain = part.replace(/[`*_#>|~]+/g, " ").replace(/\s+/g, " ").trim();
+  speak(text, end) {
+    const part = text.slice(this.said, end);
+    this.said = end;
+    const plain = part.replace(MARKS, "$1").replaceAll("|", " ").replace(/\s+/g, " ").trim();
     if (plain) announce(plain);
   }
 }

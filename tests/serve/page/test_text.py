@@ -18,18 +18,26 @@ HOSTILE = [
 
 def test_a_hostile_reply_is_inert(chat):
     chat.send("say:" + "\n\n".join(HOSTILE))
-    chat.send("say:" + HOSTILE[-1])
     assert "<img src=x onerror=alert(1)>" in chat.replies[0]
-    inside = ".prose, .bubble, .reasoning, #chat-list"
+    links = nothing_live(chat)
+    safe = ["noopener noreferrer nofollow", "_blank"]
+    assert links == [["https://evil.test/?q=secret", *safe], ["https://x.test/", *safe]]
+    chat.button("New chat").click()
+    chat.send("say:<think><img src=x onerror=alert(1)></think>[a](javascript:alert(1))")
+    assert chat.replies == ["[a](javascript:alert(1))"]
+    assert chat.page.locator(".reasoning div").text_content() == "<img src=x onerror=alert(1)>"
+    assert nothing_live(chat) == []
+
+
+def nothing_live(chat):
+    """Checks that no element but those of text was made of what a model or user wrote; returns the links."""
+    inside = ".prose, .bubble, .reasoning, #chat-list .open"
     made = chat.page.locator(inside).evaluate_all(
         "all => all.flatMap(one => [...one.querySelectorAll('*')].map(e => [e.localName, ...e.getAttributeNames()]))"
     )
-    tags = {tag for tag, *_ in made}
-    assert not tags & {"img", "script", "iframe", "object", "embed", "style", "form", "b", "base", "meta"}
+    assert not {tag for tag, *_ in made} & {"img", "script", "iframe", "object", "style", "form", "b", "base", "meta"}
     assert not [name for _, *names in made for name in names if name.startswith("on")]
-    links = chat.page.locator(".prose a").evaluate_all("all => all.map(a => [a.protocol, a.rel, a.target])")
-    assert links == [["https:", "noopener noreferrer nofollow", "_blank"]] * 2
-    chat.page.locator(".prose").first.dispatch_event("click")
+    return chat.page.locator(".prose a").evaluate_all("all => all.map(a => [a.href, a.rel, a.target])")
 
 
 def test_a_hostile_title_and_a_broken_store(chat):
