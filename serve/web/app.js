@@ -14,7 +14,7 @@ const TITLE_LENGTH = 60;
 const jobs = new Map(); // by the conversation's id
 const views = new Map(); // by message, of the conversation that is shown
 let chat = store.newChat();
-let cards = [];
+let cards = null; // until the server has said which
 
 const input = byId("input");
 const follow = new Follow();
@@ -24,9 +24,9 @@ const form = new SettingsForm(() => {
   keep();
   showMeter();
 });
-const actions = { edit, regenerate, grown: () => follow.grown() };
+const actions = { edit, regenerate, grown };
 
-const card = () => cards.find(({ id }) => id === chat.settings.model);
+const card = () => cards?.find(({ id }) => id === chat.settings.model);
 const job = () => jobs.get(chat.id);
 
 // Models
@@ -37,6 +37,7 @@ async function loadModels() {
     byId("trouble").replaceChildren();
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
+    cards ??= [];
     if (error.status === 401 && (await askForKey(store.apiKey() ? error.message : null))) return loadModels();
     byId("trouble").replaceChildren(errorBox(error.plain()),
       el("button", { type: "button", class: "button", text: "Try again", on: { click: loadModels } }));
@@ -45,13 +46,13 @@ async function loadModels() {
 }
 
 function showModel() {
-  const chosen = fillChoice(byId("model"), cards, chat.settings.model);
+  const chosen = fillChoice(byId("model"), cards ?? [], chat.settings.model);
   if (chosen) chat.settings.model = chosen.id;
   byId("quality").textContent = qualityLine(chosen);
   byId("quality").hidden = !chosen;
-  byId("welcome-name").textContent = chosen?.id ?? "llmlite";
+  byId("welcome-name").textContent = chosen?.id ?? (cards ? "llmlite" : "");
   byId("welcome-about").textContent = introduction(chosen);
-  document.body.classList.toggle("has-choice", cards.length > 1);
+  document.body.classList.toggle("has-choice", Boolean(cards && cards.length > 1));
   byId("welcome-facts").replaceChildren(...headlines(chosen).map(([value, what]) =>
     el("div", {}, el("dt", { text: what }), el("dd", { text: value }))));
   showMeter();
@@ -159,10 +160,7 @@ async function reply() {
   byId("messages").append(viewOf(message));
   let saved = Date.now();
   const running = new Job(written, message, () => {
-    if (written === chat) {
-      views.get(message)?.update();
-      showMeter();
-    }
+    if (written === chat) views.get(message)?.update();
     if (Date.now() - saved > SAVED_EVERY) {
       saved = Date.now();
       keep(written);
@@ -238,6 +236,12 @@ function offerUndo() {
     keep();
     show(chat);
   });
+}
+
+/** Once a frame while a reply is written. */
+function grown() {
+  follow.grown();
+  showMeter();
 }
 
 function stop() {

@@ -79,10 +79,11 @@ class ReplyView {
       el("span"), el("span"), el("span")));
     this.foot.replaceChildren();
     this.growing = null;
-    this.spoken = new Sentences();
+    this.spoken = new Sentences(this.message.content.length);
     this.due = 0;
     this.counted = 0;
     this.frame = null;
+    if (this.message.content) this.draw(); // it went on while another conversation was read
     announce("The reply is being written");
   }
 
@@ -200,9 +201,10 @@ const MARKS = /!?\[([^\]]{0,200})\]\([^)\s]{0,2000}\)|[*`~#>]+/g;
 
 /** Speaks each sentence once it is whole, not each token. */
 class Sentences {
-  constructor() {
-    this.said = 0;
-    this.looked = 0;
+  /** `said`: characters that nobody needs to hear again. */
+  constructor(said) {
+    this.said = said;
+    this.looked = said;
   }
 
   feed(text) {

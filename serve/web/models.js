@@ -48,7 +48,7 @@ export function headlines(card) {
   const shown = [];
   if (text?.divergence) {
     shown.push([percent(text.divergence.same_top), "same most likely token as the original"]);
-    shown.push([number(text.divergence.mean_kl, 4), "mean divergence from it, in nats"]);
+    shown.push([text.divergence.mean_kl.toPrecision(3), "mean divergence from it, in nats"]);
   }
   if (text) shown.push([number(text.perplexity.value, 2), `perplexity on ${text.name}`]);
   if (figures(card).bytes) shown.push([`${number(figures(card).bytes / 1e6)} MB`, "on disk"]);
@@ -64,6 +64,7 @@ export function fillChoice(select, cards, chosen) {
   }));
   const card = cards.find(({ id }) => id === chosen) ?? cards[0];
   if (card) select.value = card.id;
+  select.hidden = !card;
   return card;
 }
 
@@ -99,8 +100,8 @@ function measured(card) {
       ...(divergence ? [
         ["Of the original", divergence.base_perplexity && number(divergence.base_perplexity, 3)],
         ["Same most likely token", percent(divergence.same_top)],
-        ["Mean divergence", `${number(divergence.mean_kl, 5)} nats`],
-        ["99th percentile", `${number(divergence.p99_kl, 4)} nats`],
+        ["Mean divergence", `${divergence.mean_kl.toPrecision(3)} nats`],
+        ["99th percentile", `${divergence.p99_kl.toPrecision(3)} nats`],
       ] : []),
       ["Protocol", `${protocol}, ${number(perplexity.tokens)} tokens`],
     ].filter(([, value]) => value)),
