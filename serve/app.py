@@ -13,11 +13,11 @@ from llmlite.serve import errors
 from llmlite.serve.guard import Guard, Record
 from llmlite.serve.keys import Keyring
 from llmlite.serve.models import Models, ModelSpec
-from llmlite.serve.routes import chat, completions, models, status
+from llmlite.serve.routes import chat, completions, models, status, web
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.sizes import check_sizes
 
-ROUTERS = (status.router, models.router, chat.router, completions.router)
+ROUTERS = (status.router, models.router, chat.router, completions.router, web.router)
 
 
 def create_app(specs: Sequence[ModelSpec], settings: ServeSettings, keys: Keyring | None = None) -> FastAPI:
