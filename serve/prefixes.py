@@ -52,11 +52,15 @@ class Match:
 class PrefixStore:
     """Used by the engine's thread alone, but for `close`; files are written by a thread of the store's own.
 
-    ``memory`` and ``disk``: most bytes there; ``folder`` None: nothing goes to disk.
+    ``memory`` and ``disk``: most bytes there; ``folder`` None: nothing goes to disk; ``whole``: a state is of use with
+    all of its tokens or not at all, as nothing can be cut off.
     """
 
-    def __init__(self, fingerprint: str, memory: int, folder: Path | None = None, disk: int = 0) -> None:
+    def __init__(
+        self, fingerprint: str, memory: int, folder: Path | None = None, disk: int = 0, whole: bool = False
+    ) -> None:
         self.fingerprint = fingerprint
+        self._use_whole = whole
         self.hits = 0
         self._most_memory = memory
         self._most_disk = disk if folder is not None else 0
@@ -71,10 +75,10 @@ class PrefixStore:
             self._writer = threading.Thread(target=self._write_all, name="prefix-writer", daemon=True)
             self._writer.start()
 
-    def find(self, ids: np.ndarray, adapter: str | None, whole: bool) -> Match | None:
-        """The stored prefix that shares most tokens with a prompt; ``whole``: all of its tokens, or it is no match.
+    def find(self, ids: np.ndarray, adapter: str | None) -> Match | None:
+        """The stored prefix that shares most tokens with a prompt.
 
-        At least the prompt's last token is left over.
+        Where states are of use only whole, at least the prompt's last token is left over.
         """
         best: Match | None = None
         with self._lock:
@@ -83,15 +87,17 @@ class PrefixStore:
             if best is not None and len(prefix.tokens) <= best.length:
                 continue
             length = common_length(prefix.tokens, ids)
-            if whole and (length < len(prefix.tokens) or length == len(ids)):
+            if self._use_whole and (length < len(prefix.tokens) or length == len(ids)):
                 continue
             if length and (best is None or length > best.length):
                 best = Match(prefix, length)
         return best
 
     def has(self, tokens: np.ndarray, adapter: str | None) -> bool:
-        """Whether these tokens are stored, at the beginning of a longer prefix or alone."""
-        match = self.find(tokens, adapter, whole=False)
+        """Whether these tokens are stored, alone or as the beginning of a longer prefix that will do as well."""
+        if self._use_whole:
+            return _key(tokens, adapter) in self._known
+        match = self.find(tokens, adapter)
         return match is not None and match.length == len(tokens)
 
     def take(self, match: Match) -> bytes | None:
@@ -113,7 +119,7 @@ class PrefixStore:
         return state
 
     def put(self, tokens: np.ndarray, adapter: str | None, state: bytes) -> None:
-        """Keep a prefix. What it begins with and was stored before is dropped: the longer one has it, too."""
+        """Keep a prefix. Shorter ones that it begins with are dropped, as the longer one has them, too."""
         if len(state) > max(self._most_memory, self._most_disk):
             return
         prefix = Prefix(np.array(tokens, np.int32), adapter, len(state), state)
@@ -121,7 +127,9 @@ class PrefixStore:
             covered = [
                 known
                 for known in self._known.values()
-                if known.adapter == adapter and common_length(known.tokens, prefix.tokens) == len(known.tokens)
+                if not self._use_whole
+                and known.adapter == adapter
+                and common_length(known.tokens, prefix.tokens) == len(known.tokens)
             ]
             self._known[_key(prefix.tokens, adapter)] = prefix
         for known in covered:

@@ -102,7 +102,7 @@ class Engine(Protocol):
         """
 
     def step(self, pieces: Items[Piece]) -> list[np.ndarray]:
-        """Append the pieces, each to its own sequence: float32 logits [rows, vocab] for each.
+        """Append the pieces, each to its own sequence, all with one adapter: float32 logits [rows, vocab] for each.
 
         The arrays are valid until the next step. Raises `NoRoom`; that and every other error but `EngineBroken`
         leave all sequences as they were.
@@ -120,6 +120,9 @@ class Engine(Protocol):
 
     def resume(self, sequence: Sequence) -> None:
         """Bring a suspended sequence back, into a free slot. Raises `NoRoom`."""
+
+    def checkpoint(self, sequence: Sequence) -> None:
+        """Where positions can't be taken back: keep a copy of what the sequence holds now for later prompts."""
 
     def close(self, sequence: Sequence, keep: bool) -> None:
         """Free the slot; ``keep`` its tokens for a later `open`, or forget them (after an error)."""

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from llmlite.serve.engines.base import NoRoom, Sequence
-from llmlite.serve.prefixes import PrefixStore
+from llmlite.serve.prefixes import PrefixStore, common_length
 
 WORTH = 32
 """Fewer tokens than this are computed again rather than copied or stored."""
@@ -74,7 +74,7 @@ class Slots:
         slot = source if in_place and source is not None else self._free()
         stored = None
         if reuse and self._store is not None:
-            stored = self._store.find(ids, adapter, whole=not self._memory.can_cut)
+            stored = self._store.find(ids, adapter)
             if stored is not None and self._whole(stored.length, len(ids)) < length + WORTH:
                 stored = None
         self._leave(slot, length if in_place and stored is None else 0)
@@ -105,6 +105,14 @@ class Slots:
         slot.used = self._clock
         if not keep:
             self._memory.cut_slot(slot.number, 0)
+
+    def checkpoint(self, sequence: Sequence) -> None:
+        """See `Engine.checkpoint`."""
+        tokens = np.array(sequence.tokens, np.int32)
+        if self._memory.can_cut or self._store is None or sequence.slot is None or len(tokens) < WORTH:
+            return
+        if not self._store.has(tokens, sequence.adapter):
+            self._store.put(tokens, sequence.adapter, self._memory.save_slot(sequence.slot))
 
     def suspend(self, sequence: Sequence) -> None:
         """See `Engine.suspend`."""
@@ -154,10 +162,8 @@ class Slots:
     def _agree(self, tokens: np.ndarray, theirs: str | None, ids: np.ndarray, adapter: str | None) -> int:
         if theirs != adapter:
             return 0
-        length = common_length(tokens, ids)
-        if not self._memory.can_cut and length < len(tokens):
-            return 0
-        return self._whole(length, len(ids))
+        length = self._whole(common_length(tokens, ids), len(ids))
+        return length if self._memory.can_cut or length == len(tokens) else 0
 
     def _whole(self, length: int, prompt: int) -> int:
         """What of a common prefix can be taken over: not the prompt's last token, and whole grains."""
@@ -170,8 +176,9 @@ class Slots:
             return 0
         self._memory.load_slot(slot.number, state)
         kept = self._whole(length, prompt)
-        if kept < length:
-            self._memory.cut_slot(slot.number, kept)
+        if not self._memory.can_cut and kept < length:
+            kept = 0
+        self._memory.cut_slot(slot.number, kept)  # also what the state has behind the common tokens
         return kept
 
     def _free(self) -> _Slot:
@@ -187,10 +194,3 @@ class Slots:
         if lost or not keep:
             self._memory.cut_slot(slot.number, keep)
         slot.tokens = slot.tokens[:keep]
-
-
-def common_length(one: np.ndarray, other: np.ndarray) -> int:
-    """How many tokens two rows of ids have in common from the start."""
-    most = min(len(one), len(other))
-    unequal = np.flatnonzero(one[:most] != other[:most])
-    return int(unequal[0]) if len(unequal) else most

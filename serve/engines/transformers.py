@@ -28,13 +28,11 @@ from llmlite.serve.engines.stored import codec
 from llmlite.serve.engines.vocabulary import Vocabulary, end_tokens
 from llmlite.serve.prefixes import PrefixStore
 from llmlite.serve.settings import ServeSettings
+from llmlite.serve.turns import EXACT_CHUNK
 
 ATTENTION = "llmlite"
 FEW = 16
 """Pieces of up to so many tokens share a forward, padded to the longest; a longer one has its own."""
-
-EXACT_GRAIN = 128
-"""Where replies must not depend on what else runs, prompts are computed, and taken over, in chunks of this size."""
 
 KEPT = (".safetensors", ".json")
 
@@ -53,6 +51,8 @@ class TransformersEngine:
     can_cut = True
 
     def __init__(self, path: Path, settings: ServeSettings) -> None:
+        if settings.rope_scaling != "none":
+            raise InputError("rope_scaling: of a safetensors artifact it is set by rope_parameters in its config.json")
         self._model, self._tokenizer = load_transformers(path, settings.threads)
         self._vocabulary = Vocabulary(self._tokenizer, path)
         self._config = config = self._model.config.get_text_config(decoder=True)
@@ -77,7 +77,7 @@ class TransformersEngine:
             settings.cache_dir,
             settings.cache_disk_bytes,
         )
-        self._pool = Slots(self.slots, self, self.store, EXACT_GRAIN if self._exact else 1)
+        self._pool = Slots(self.slots, self, self.store, EXACT_CHUNK if self._exact else 1)
         self._probe()
 
     def encode(self, text: str) -> list[int]:
