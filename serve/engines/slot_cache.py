@@ -30,21 +30,25 @@ class Rows:
     """The sequences of one forward: slot and first position of each, ascending by slot.
 
     All have ``width`` places; what a row does not need of them is written past its end, where nothing reads it.
-    ``split``: each row has an attention of its own over its own slot, not padded to the longest.
+    ``split``: each row has an attention of its own over its own slot, not padded to the longest. On the device are
+    ``index``, the slots int64 [rows], and ``positions`` int64 [rows, width].
     """
 
     slots: list[int]
     starts: list[int]
     width: int
     split: bool
-    device: torch.device
+    index: Tensor
+    positions: Tensor
 
     @staticmethod
     def of(slots: list[int], starts: list[int], width: int, device: torch.device, may_split: bool) -> Rows:
         needed = sum(starts) + width * len(starts)
         apart = slots[-1] - slots[0] >= len(slots)
         uneven = len(slots) * (max(starts) + width) > RAGGED * needed
-        return Rows(slots, starts, width, may_split and (apart or uneven), device)
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
+        index = torch.tensor(slots, device=device)
+        return Rows(slots, starts, width, may_split and (apart or uneven), index, positions)
 
     @property
     def alone(self) -> bool:
@@ -59,11 +63,6 @@ class Rows:
         """The first position that any row reads."""
         return 0 if window is None else max(0, min(self.starts) - window + 1)
 
-    def positions(self) -> Tensor:
-        """int64 [rows, width]."""
-        starts = torch.tensor(self.starts, device=self.device)
-        return starts[:, None] + torch.arange(self.width, device=self.device)
-
     def causal(self, window: int | None) -> bool:
         """Whether each new token sees all the keys up to its own, so that attention needs no mask."""
         if self.width == 1:
@@ -72,8 +71,8 @@ class Rows:
 
     def mask(self, window: int | None) -> Tensor:
         """Which of the keys that are read each new token sees, bool [rows, 1, width, keys]."""
-        keys = torch.arange(self.begin(window), self.end, device=self.device)
-        places = self.positions()[:, None, :, None]
+        keys = torch.arange(self.begin(window), self.end, device=self.positions.device)
+        places = self.positions[:, None, :, None]
         seen = keys <= places
         return seen if window is None else seen & (keys > places - window)
 
@@ -90,12 +89,12 @@ class SlotLayer(CacheLayerMixin):
         self._places: tuple[Tensor | int, Tensor | slice] = (0, slice(0))
         self._slots: slice | Tensor = slice(0)
 
-    def use(self, rows: Rows, slots: Tensor, positions: Tensor) -> None:
-        """The next update is of these rows; ``slots`` [rows] and ``positions`` [rows, width] on the device."""
+    def use(self, rows: Rows) -> None:
+        """The next update is of these rows."""
         self.rows = rows
         first, low, high = rows.starts[0], rows.slots[0], rows.slots[-1] + 1
-        self._places = (low, slice(first, first + rows.width)) if rows.alone else (slots, positions)
-        self._slots = slice(low, high) if high - low == len(rows.slots) else slots
+        self._places = (low, slice(first, first + rows.width)) if rows.alone else (rows.index, rows.positions)
+        self._slots = slice(low, high) if high - low == len(rows.slots) else rows.index
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
@@ -137,13 +136,20 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The cache of all layers. ``windows``: each layer's sliding window; ``limit``: most positions of a slot."""
+    """The cache of all layers. ``windows``: each layer's sliding window; ``limit``: most positions of a slot.
 
-    def __init__(self, windows: list[int | None], codecs: tuple[Codec, Codec], slots: int, limit: int) -> None:
+    ``spare``: how far past a row's own tokens a forward may write.
+    """
+
+    def __init__(
+        self, windows: list[int | None], codecs: tuple[Codec, Codec], slots: int, limit: int, spare: int
+    ) -> None:
+        limit += spare
         layers = [SlotLayer(tuple(Store(codec, slots, limit) for codec in codecs), window) for window in windows]
         super().__init__(layers=layers)
         self.windows = windows
         self.lengths = [0] * slots
+        self._spare = spare
 
     def reserve(self, positions: int) -> None:
         """Memory for so many positions in each slot. What was written past the lengths is lost. Raises `NoRoom`."""
@@ -155,9 +161,17 @@ class SlotCache(Cache):
 
     def use(self, rows: Rows) -> None:
         """The next forward is of these rows."""
-        slots, positions = torch.tensor(rows.slots, device=rows.device), rows.positions()
         for layer in self.layers:
-            layer.use(rows, slots, positions)
+            layer.use(rows)
+
+    def cut_slot(self, slot: int, length: int) -> None:
+        """Forget a slot's positions from ``length`` on."""
+        if length == 0:  # what overflowed in it must not reach a neighbour that is padded to its length
+            for layer in self.layers:
+                for store in layer.stores:
+                    for part in store.parts(slot, self.lengths[slot] + self._spare):
+                        part.zero_()
+        self.lengths[slot] = length
 
     def save_slot(self, slot: int) -> bytes:
         """What a slot holds, as a safetensors file with tensors LAYER.k.PART and LAYER.v.PART [heads, length, ...]."""

@@ -6,8 +6,10 @@ scale. A head whose size is no multiple of 32 is one block.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,13 +31,13 @@ class Codec(Protocol):
 
 
 class Floats:
-    """Values as they are, or rounded to ``dtype``."""
+    """Values rounded to ``dtype``; None: as they are."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self._dtype = dtype
 
     def encode(self, values: Tensor) -> list[Tensor]:
-        return [values.to(self.dtype)]
+        return [values.to(self._dtype or values.dtype)]
 
     def decode(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         return parts[0].to(dtype)
@@ -74,12 +76,10 @@ class Q4:
         return (values * scales.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
-def codec(name: str | None, dtype: torch.dtype) -> Codec:
-    """The codec of a cache type; None: the model's own ``dtype``. `InputError` for a type that torch can't hold."""
-    if name is None:
-        return Floats(dtype)
-    if name in FLOATS:
-        return Floats(FLOATS[name])
+def codec(name: str | None) -> Codec:
+    """The codec of a cache type; None: values as they are. `InputError` for a type that torch can't hold."""
+    if name is None or name in FLOATS:
+        return Floats(None if name is None else FLOATS[name])
     if name in ("q8_0", "q4_0"):
         return Q8() if name == "q8_0" else Q4()
     raise InputError(f"kv {name}: safetensors artifacts are served with f32, f16, bf16, q8_0 or q4_0")
@@ -101,27 +101,26 @@ class Store:
 
     def in_place(self, dtype: torch.dtype) -> bool:
         """Whether values are stored as ``dtype``, so that reading copies nothing."""
-        return isinstance(self._codec, Floats) and self._codec.dtype == dtype
+        return isinstance(self._codec, Floats) and self._parts[0].dtype == dtype
 
     def shape_like(self, values: Tensor) -> None:
         """Make room for heads like those of ``values`` [1, heads, positions, head_dim], unless that is done."""
         if not self._parts:
             for part in self._codec.encode(values):
                 shape = (self._slots, part.shape[1], 0, *part.shape[3:])
-                self._parts.append(torch.empty(shape, dtype=part.dtype, device=part.device))
+                self._parts.append(_zeros(shape, part))
 
     def reserve(self, positions: int, lengths: list[int]) -> None:
         """Memory for so many positions in every slot; the first ``lengths`` of each are kept.
 
-        It at least doubles, so that a sequence that grows token by token is copied a few times in all. Pages that
-        nothing was written to take no memory on a CPU.
+        It at least doubles, so that a sequence that grows token by token is copied a few times in all.
         """
         if positions <= self.capacity:
             return
         capacity = max(2 * self.capacity, -(-positions // GROWTH) * GROWTH)
         for place, old in enumerate(self._parts):
             shape = (*old.shape[:2], min(capacity, max(self._limit, positions)), *old.shape[3:])
-            new = torch.empty(shape, dtype=old.dtype, device=old.device)
+            new = _zeros(shape, old)
             for slot, length in enumerate(lengths):
                 new[slot, :, :length] = old[slot, :, :length]
             self._parts[place] = new
@@ -141,6 +140,13 @@ class Store:
     def parts(self, slot: int, length: int) -> list[Tensor]:
         """What is stored of a slot's first positions, each [heads, length, ...]."""
         return [part[slot, :, :length] for part in self._parts]
+
+
+def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """No NaN where nothing was written: attention multiplies that by 0. On a CPU untouched pages take no memory."""
+    if like.device.type != "cpu":
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 
 
 def _blocks(values: Tensor) -> Tensor:

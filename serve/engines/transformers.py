@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from pathlib import Path
@@ -55,21 +56,23 @@ class TransformersEngine:
             raise InputError("rope_scaling: of a safetensors artifact it is set by rope_parameters in its config.json")
         self._model, self._tokenizer = load_transformers(path, settings.threads)
         self._vocabulary = Vocabulary(self._tokenizer, path)
-        self._config = config = self._model.config.get_text_config(decoder=True)
-        self.context = _context(path, config.to_dict().get("max_position_embeddings"), settings.context)
+        config = self._model.config.get_text_config(decoder=True)
+        facts = config.to_dict()
+        self.context = _context(path, facts.get("max_position_embeddings"), settings.context)
+        self._layer_types: list[str] | None = facts.get("layer_types")
         self.vocab_size: int = config.vocab_size
         self.slots = settings.parallel
         self.eos = end_tokens(self._model.generation_config.eos_token_id, config.eos_token_id, self._tokenizer)
         self._total = _total(settings, self.context)
         self._exact = settings.exact
+        self._one_by_one = settings.exact or _turns_by_length(facts)
         self._adapters = Adapters(self._model, settings.adapters)
         self._trims_head = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._splits = config._attn_implementation == "sdpa"
         if self._splits:
             self._model.set_attn_implementation(ATTENTION)
         kv = (None, None) if settings.kv is None else (settings.kv_types.keys, settings.kv_types.values)
-        codecs = codec(kv[0], self._model.dtype), codec(kv[1], self._model.dtype)
-        self._cache = SlotCache(_windows(path, config), codecs, self.slots, self.context + FEW)
+        self._cache = SlotCache(_windows(path, config), (codec(kv[0]), codec(kv[1])), self.slots, self.context, FEW)
         self._prefilled: dict[Sequence, int] = {}
         self.store = PrefixStore(
             _fingerprint(path, settings, self.version),
@@ -148,7 +151,7 @@ class TransformersEngine:
 
     def cut_slot(self, slot: int, length: int) -> None:
         """See `Memory`, as of the next three."""
-        self._cache.lengths[slot] = length
+        self._cache.cut_slot(slot, length)
 
     def save_slot(self, slot: int) -> bytes:
         return self._cache.save_slot(slot)
@@ -170,7 +173,7 @@ class TransformersEngine:
         groups: dict[int, list[int]] = {}
         for place, piece in enumerate(pieces):
             count = len(piece.tokens)
-            alone = self._exact or count > FEW
+            alone = self._one_by_one or count > FEW
             groups.setdefault(-place - 1 if alone else min(count, 2), []).append(place)
         for group in groups.values():
             yield sorted(group, key=lambda place: pieces[place].sequence.slot or 0)
@@ -191,8 +194,8 @@ class TransformersEngine:
         try:
             self._cache.use(rows)
             out = self._model(
-                input_ids=ids.to(rows.device),
-                position_ids=rows.positions(),
+                input_ids=ids.to(rows.index.device),
+                position_ids=rows.positions.clamp(max=self.context - 1),
                 attention_mask=self._masks(rows),
                 past_key_values=self._cache,
                 use_cache=True,
@@ -211,23 +214,22 @@ class TransformersEngine:
     def _masks(self, rows: Rows) -> Any:
         """As the model wants them: one, or one for each type of layer."""
         masks = {window: self._mask(rows, window) for window in set(self._cache.windows)}
-        types = self._config.to_dict().get("layer_types")
-        if types is None:
+        if self._layer_types is None:
             return masks[self._cache.windows[0]]
-        return {kind: masks[window] for kind, window in zip(types, self._cache.windows, strict=False)}
+        return {kind: masks[window] for kind, window in zip(self._layer_types, self._cache.windows, strict=False)}
 
     def _mask(self, rows: Rows, window: int | None) -> torch.Tensor | None:
         if self._splits:
             return None if rows.causal(window) else rows.mask(window)
         hidden = ~rows.mask(window)  # eager attention adds it to the scores
-        zeros = torch.zeros(hidden.shape, dtype=self._model.dtype, device=rows.device)
+        zeros = torch.zeros(hidden.shape, dtype=self._model.dtype, device=hidden.device)
         return zeros.masked_fill_(hidden, torch.finfo(self._model.dtype).min)
 
     def _probe(self) -> None:
         """One token, so that a model that can't run so fails now, and the cache knows the sizes of its heads."""
         sequence = self._pool.open([0], None, reuse=False)
         self.step([Piece(sequence, [0], 1)])
-        self._pool.close(sequence, keep=False)
+        self.close(sequence, keep=False)
 
 
 def _windows(path: Path, config: Any) -> list[int | None]:
@@ -240,6 +242,12 @@ def _windows(path: Path, config: Any) -> list[int | None]:
             raise InputError(f"{path}: has layers with {kind}; served are full and sliding attention")
         windows.append(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
     return windows
+
+
+def _turns_by_length(facts: dict[str, Any]) -> bool:
+    """Whether rotary embeddings turn otherwise once any sequence of a forward is long, so that each needs its own."""
+    told = json.dumps(facts.get("rope_parameters"), default=str)
+    return '"dynamic"' in told or '"longrope"' in told
 
 
 def _context(path: Path, trained: int | None, wanted: int | None) -> int:

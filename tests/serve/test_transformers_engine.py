@@ -243,6 +243,31 @@ def test_a_step_that_fails_halfway_changes_nothing(tiny, monkeypatch):
     assert_right(model, [one, two], engine.step([Piece(one, [6], 1), Piece(two, ids(20, 4), 2)]))
 
 
+def test_numbers_that_overflowed_reach_no_neighbour(tiny):
+    model = tiny()
+    engine = model.engine()
+    broken, other = start(engine, 60, 80)
+    for layer in engine._cache.layers:
+        for store in layer.stores:
+            store.read(slice(0, 1), 0, 60 + FEW, torch.float32).fill_(float("nan"))
+    assert np.isnan(engine.step([Piece(broken, [5], 1)])[0]).all()
+    engine.close(broken, keep=False)
+    (next_one,) = start(engine, 50)
+    assert next_one.slot == 0
+    rows = engine.step([Piece(next_one, [5], 1), Piece(other, [6], 1)])
+    assert_right(model, [next_one, other], rows)
+
+
+def test_rotary_embeddings_that_depend_on_the_length_run_one_by_one(tmp_path, monkeypatch):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = Tiny(save_tiny(tmp_path / "model", rope_parameters=rope))
+    engine = model.engine(parallel=2)
+    sequences = start(engine, 20, 30)
+    made = record_rows(monkeypatch)
+    engine.step([Piece(s, [5], 1) for s in sequences])
+    assert len(made) == 2
+
+
 def test_exact_replies_have_the_same_bits_in_a_crowd(family):
     def run(engine, sequence, others):
         found = [engine.step([Piece(sequence, ids(130, 1)[:128], 0)])]
