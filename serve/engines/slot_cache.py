@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -99,6 +100,7 @@ class SlotLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         for store, states in zip(self.stores, (key_states, value_states), strict=True):
             store.shape_like(states[:1])
+        self.device = key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -151,6 +153,18 @@ class SlotCache(Cache):
         self.lengths = [0] * slots
         self._spare = spare
 
+    def affordable(self) -> int:
+        """How many positions of one slot half of the free memory holds.
+
+        On a CPU only what is written to takes memory, on a GPU all slots are as long as the longest one.
+        """
+        device = self.layers[0].device
+        size = sum(store.position_bytes for layer in self.layers for store in layer.stores)
+        if device.type == "cuda":
+            return torch.cuda.mem_get_info(device)[0] // 2 // (size * len(self.lengths))
+        return psutil.virtual_memory().available // 2 // size
+
+    @torch.inference_mode()
     def reserve(self, positions: int) -> None:
         """Memory for so many positions in each slot. What was written past the lengths is lost. Raises `NoRoom`."""
         try:
@@ -164,6 +178,7 @@ class SlotCache(Cache):
         for layer in self.layers:
             layer.use(rows)
 
+    @torch.inference_mode()
     def cut_slot(self, slot: int, length: int) -> None:
         """Forget a slot's positions from ``length`` on."""
         if length == 0:  # what overflowed in it must not reach a neighbour that is padded to its length
@@ -184,6 +199,7 @@ class SlotCache(Cache):
         }
         return save_tensors(tensors)
 
+    @torch.inference_mode()
     def load_slot(self, slot: int, state: bytes, make_room: Callable[[int], None]) -> None:
         """Put what `save_slot` gave into a slot, ``make_room`` having found place for its positions."""
         tensors = load_tensors(state)
@@ -196,6 +212,7 @@ class SlotCache(Cache):
                     place.copy_(tensors[f"{number}.{kind}.{part}"])
         self.lengths[slot] = length
 
+    @torch.inference_mode()
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """The first positions of one slot to another one."""
         for layer in self.layers:

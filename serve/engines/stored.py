@@ -99,6 +99,11 @@ class Store:
         """Positions that each slot has memory for."""
         return self._parts[0].shape[2] if self._parts else 0
 
+    @property
+    def position_bytes(self) -> int:
+        """What one position of one slot takes."""
+        return sum(math.prod((part.shape[1], *part.shape[3:])) * part.itemsize for part in self._parts)
+
     def in_place(self, dtype: torch.dtype) -> bool:
         """Whether values are stored as ``dtype``, so that reading copies nothing."""
         return isinstance(self._codec, Floats) and self._parts[0].dtype == dtype

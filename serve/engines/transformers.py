@@ -63,7 +63,7 @@ class TransformersEngine:
         self.vocab_size: int = config.vocab_size
         self.slots = settings.parallel
         self.eos = end_tokens(self._model.generation_config.eos_token_id, config.eos_token_id, self._tokenizer)
-        self._total = _total(settings, self.context)
+        self._total = _total(settings.cells, self.context, self.slots)
         self._exact = settings.exact
         self._one_by_one = settings.exact or _turns_by_length(facts)
         self._adapters = Adapters(self._model, settings.adapters)
@@ -82,6 +82,8 @@ class TransformersEngine:
         )
         self._pool = Slots(self.slots, self, self.store, EXACT_CHUNK if self._exact else 1)
         self._probe()
+        if settings.context is None and settings.cells is None:
+            self._fit_memory()
 
     def encode(self, text: str) -> list[int]:
         return with_bos(self._vocabulary.encode(text), self._vocabulary.bos)
@@ -231,6 +233,12 @@ class TransformersEngine:
         self.step([Piece(sequence, [0], 1)])
         self.close(sequence, keep=False)
 
+    def _fit_memory(self) -> None:
+        """Where neither context nor cells are named: no more of them than half of the free memory holds."""
+        affordable = self._cache.affordable()
+        self.context = max(min(self.context, affordable), min(self.context, self.batch))
+        self._total = max(self.context, min(self.context * self.slots, affordable))
+
 
 def _windows(path: Path, config: Any) -> list[int | None]:
     """The sliding window of each layer, None for full attention. `InputError` for a layer of another kind."""
@@ -258,11 +266,11 @@ def _context(path: Path, trained: int | None, wanted: int | None) -> int:
     return wanted or trained or 0
 
 
-def _total(settings: ServeSettings, context: int) -> int:
+def _total(cells: int | None, context: int, slots: int) -> int:
     """Tokens of all sequences. `InputError` where not even one context fits."""
-    if settings.cells is not None and settings.cells < context:
-        raise InputError(f"cells {settings.cells}: must be at least the context, {context}")
-    return min(settings.cells or context * settings.parallel, context * settings.parallel)
+    if cells is not None and cells < context:
+        raise InputError(f"cells {cells}: must be at least the context, {context}")
+    return min(cells or context * slots, context * slots)
 
 
 def _fingerprint(path: Path, settings: ServeSettings, version: str) -> str:

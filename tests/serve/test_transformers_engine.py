@@ -345,6 +345,17 @@ def test_layers_that_are_no_attention_are_refused(tmp_path):
         TransformersEngine(directory, ServeSettings(threads=1))
 
 
+def test_context_and_cells_fit_the_memory_unless_they_are_named(tiny, monkeypatch):
+    model = tiny(max_position_embeddings=8192)
+    size = 2 * 2 * 2 * 16 * 4  # a position's keys and values of 2 layers with 2 heads of 16 in float32
+    free = type("Free", (), {"available": 2 * 1000 * size})
+    monkeypatch.setattr("llmlite.serve.engines.slot_cache.psutil.virtual_memory", lambda: free)
+    engine = model.engine()
+    assert (engine.context, engine.room().total, engine.room().shared) == (1000, 1000, True)
+    engine = model.engine(context=2000)
+    assert (engine.context, engine.room().total, engine.room().shared) == (2000, 8000, False)
+
+
 def test_cells_below_the_context_are_refused(tiny):
     with pytest.raises(InputError, match="cells 100: must be at least the context, 256"):
         tiny().engine(cells=100)
