@@ -153,16 +153,18 @@ class SlotCache(Cache):
         self.lengths = [0] * slots
         self._spare = spare
 
-    def affordable(self) -> int:
-        """How many positions of one slot half of the free memory holds.
+    def affordable(self) -> tuple[int, int]:
+        """How many positions half of the free memory holds: of one slot, and of all.
 
-        On a CPU only what is written to takes memory, on a GPU all slots are as long as the longest one.
+        On a CPU only what is written to takes memory; on a GPU all slots are as long as the longest one.
         """
-        device = self.layers[0].device
+        device, slots = self.layers[0].device, len(self.lengths)
         size = sum(store.position_bytes for layer in self.layers for store in layer.stores)
         if device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0] // 2 // (size * len(self.lengths))
-        return psutil.virtual_memory().available // 2 // size
+            each = torch.cuda.mem_get_info(device)[0] // 2 // (size * slots)
+            return each, each * slots
+        each = psutil.virtual_memory().available // 2 // size
+        return each, each
 
     @torch.inference_mode()
     def reserve(self, positions: int) -> None:

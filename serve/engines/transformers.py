@@ -235,9 +235,9 @@ class TransformersEngine:
 
     def _fit_memory(self) -> None:
         """Where neither context nor cells are named: no more of them than half of the free memory holds."""
-        affordable = self._cache.affordable()
-        self.context = max(min(self.context, affordable), min(self.context, self.batch))
-        self._total = max(self.context, min(self.context * self.slots, affordable))
+        each, together = self._cache.affordable()
+        self.context = max(min(self.context, each), min(self.context, self.batch))
+        self._total = max(self.context, min(self.context * self.slots, together))
 
 
 def _windows(path: Path, config: Any) -> list[int | None]:
