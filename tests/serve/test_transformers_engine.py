@@ -1,7 +1,5 @@
 """The engine for safetensors checkpoints by itself, held against transformers' own forward on tiny random models."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -361,9 +359,7 @@ def test_cells_below_the_context_are_refused(tiny):
         tiny().engine(cells=100)
 
 
-def test_the_settings_of_one_model_are_not_another_s(tiny, tmp_path):
-    fingerprints = {
-        tiny().engine(kv=kv, exact=exact).store.fingerprint for kv in (None, "f16", "q8_0") for exact in (False, True)
-    }
-    assert len(fingerprints) == 6
-    assert json.dumps(sorted(fingerprints)) == json.dumps(sorted({*fingerprints, tiny().engine().store.fingerprint}))
+def test_a_cache_of_other_settings_is_not_read(tiny):
+    kinds = [{}, {"kv": "f16"}, {"kv": "q8_0"}, {"exact": True}]
+    fingerprints = [tiny().engine(**kind).store.fingerprint for kind in [*kinds, {}]]
+    assert len(set(fingerprints)) == len(kinds)

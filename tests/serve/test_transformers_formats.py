@@ -74,10 +74,13 @@ def test_an_adapter_for_each_sequence(adapted):
     lora = tuple(f"{name}={adapted / name}" for name in names)
     engine = TransformersEngine(adapted / "base", ServeSettings(threads=1, parallel=4, lora=lora))
     kinds = [None, *names]
-    sequences = [engine.open(ids(50, 1), adapter=name) for name in kinds]
-    assert [s.reused for s in sequences] == [0, 0, 0], "keys and values of one adapter are not another's"
-    for tokens in (ids(50, 1), [7], [9]):
-        rows = [engine.step([Piece(sequence, tokens, 1)])[0] for sequence in sequences]
+    sequences = []
+    for name in kinds:
+        sequences.append(engine.open(ids(50, 1), adapter=name))
+        assert sequences[-1].reused == 0, "keys and values of one adapter are not another's"
+        engine.step([Piece(sequences[-1], ids(50, 1), 0)])
+    for token in (7, 9):
+        rows = [engine.step([Piece(sequence, [token], 1)])[0] for sequence in sequences]
     wanted = [logits(adapted, name, sequences[0].tokens) for name in kinds]
     for row, want in zip(rows, wanted, strict=True):
         np.testing.assert_allclose(row[0], want, atol=1e-4, rtol=0)
