@@ -11,10 +11,10 @@ import llmlite
 from llmlite.serve import errors
 from llmlite.serve.guard import Guard
 from llmlite.serve.models import Models, ModelSpec
-from llmlite.serve.routes import chat, completions, models, status
+from llmlite.serve.routes import chat, completions, messages, models, responses, status
 from llmlite.serve.settings import ServeSettings
 
-ROUTERS = (status.router, models.router, chat.router, completions.router)
+ROUTERS = (status.router, models.router, chat.router, completions.router, responses.router, messages.router)
 
 
 def create_app(specs: Sequence[ModelSpec], settings: ServeSettings) -> FastAPI:
