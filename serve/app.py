@@ -10,11 +10,12 @@ from fastapi import FastAPI
 import llmlite
 from llmlite.serve import errors
 from llmlite.serve.guard import Guard
+from llmlite.serve.metrics import Counting, Metrics
 from llmlite.serve.models import Models, ModelSpec
-from llmlite.serve.routes import chat, completions, messages, models, responses, status
+from llmlite.serve.routes import chat, completions, embeddings, messages, models, responses, status, tokens
 from llmlite.serve.settings import ServeSettings
 
-ROUTERS = (status.router, models.router, chat.router, completions.router, responses.router, messages.router)
+ROUTERS = tuple(part.router for part in (status, models, chat, completions, embeddings, responses, messages, tokens))
 
 
 def create_app(specs: Sequence[ModelSpec], settings: ServeSettings) -> FastAPI:
@@ -33,7 +34,9 @@ def create_app(specs: Sequence[ModelSpec], settings: ServeSettings) -> FastAPI:
 
     app = FastAPI(title="llmlite", version=llmlite.__version__, lifespan=lifespan)
     app.state.models = served
+    app.state.metrics = metrics = Metrics(served)
     app.add_middleware(Guard, max_body=settings.max_body, keys=settings.api_keys())
+    app.add_middleware(Counting, metrics=metrics)
     errors.install(app)
     for router in ROUTERS:
         app.include_router(router)

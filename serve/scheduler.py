@@ -16,9 +16,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Generic, TypeVar
 
 from llmlite.serve.engines.base import Engine, EngineBroken
 from llmlite.serve.generation import Delta, Generation, Work
+from llmlite.serve.stats import Stats
+
+T = TypeVar("T")
 
 log = logging.getLogger("llmlite.serve")
 
@@ -55,9 +59,35 @@ class Ticket:
 
     generation: Generation
     sink: Sink
+    prompt_tokens: int
     request: _Request = field(default_factory=_Request)
     cancelled: bool = False
     started: float = 0.0
+    counted: int | None = None
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """A function that the engine thread is to run, and where its outcome goes."""
+
+    future: Future[T]
+    function: Callable[[], T]
+
+    def run(self) -> None:
+        """On the engine thread. Raises `EngineBroken`, which ends that thread; anything else is the caller's alone."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            self.future.set_result(self.function())
+        except EngineBroken as broken:
+            self.future.set_exception(EngineDead(str(broken)))
+            raise
+        except Exception as error:  # it belongs to whoever called
+            self.future.set_exception(error)
+
+    def refuse(self, why: Exception) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(why)
 
 
 class Scheduler:
@@ -68,19 +98,27 @@ class Scheduler:
         self._max_queue = max_queue
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
-        self._pings: list[Future[dict[str, int]]] = []
+        self._calls: deque[Call[Any]] = deque()
         self._running: list[Ticket] = []  # touched by the engine thread alone
         self._seconds = 0.0  # how long a sequence runs, a moving average
         # Why nothing is accepted any more, made anew for everyone: each raise adds its frames to an exception.
         self._refusal: Callable[[], Exception] | None = None
         self._stop = False
         self._dead = False
+        self._ended = False
+        self._stats = Stats()
         self._thread = threading.Thread(target=self._own, name="engine", daemon=True)
 
     @property
     def dead(self) -> bool:
         """The engine thread has ended by itself."""
         return self._dead
+
+    @property
+    def stats(self) -> Stats:
+        """What the engine thread has counted so far, and how many sequences run and wait now."""
+        self._stats.running, self._stats.waiting = len(self._running), len(self._waiting)
+        return self._stats
 
     def start(self) -> None:
         """Start the engine thread."""
@@ -93,7 +131,8 @@ class Scheduler:
         """
         request = _Request()
         tickets = [
-            Ticket(Generation(work, self._engine), sink, request) for work, sink in zip(works, sinks, strict=True)
+            Ticket(Generation(work, self._engine), sink, len(work.prompt), request)
+            for work, sink in zip(works, sinks, strict=True)
         ]
         with self._changed:
             if self._refusal is not None:
@@ -113,12 +152,26 @@ class Scheduler:
 
     def ping(self) -> Future[dict[str, int]]:
         """The engine thread's own answer, given between two turns: how many sequences run and wait."""
-        future: Future[dict[str, int]] = Future()
         with self._changed:
-            if self._refusal is not None:
-                future.set_exception(self._refusal())
+            refusal = self._refusal
+        if refusal is not None:
+            failed: Future[dict[str, int]] = Future()
+            failed.set_exception(refusal())
+            return failed
+        return self.call(lambda: {"running": len(self._running), "waiting": len(self._waiting)})
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function on the engine thread, between two turns; it should take no longer than one.
+
+        The future has what it returned or raised, or `EngineDead` or `ShuttingDown` once the thread ends: work that
+        goes in many calls is finished while the scheduler drains. One that is cancelled is not run.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if self._stop or self._ended:
+                future.set_exception((self._refusal or _shutting_down)())
             else:
-                self._pings.append(future)
+                self._calls.append(Call(future, function))
                 self._changed.notify()
         return future
 
@@ -151,19 +204,17 @@ class Scheduler:
         self._end(refusal)
 
     def _prepare(self) -> bool:
-        """Wait for something to do, admit what there is room for, answer pings. False: stop."""
+        """Wait for something to do, admit what there is room for, run what was called. False: stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stop or self._running or self._waiting or self._pings)
+            self._changed.wait_for(lambda: self._stop or self._running or self._waiting or self._calls)
             while self._waiting and len(self._running) < self._engine.slots:
                 ticket = self._waiting.popleft()
                 ticket.request.started = True
                 ticket.started = time.monotonic()
                 self._running.append(ticket)
-            pings, self._pings = self._pings, []
-            status = {"running": len(self._running), "waiting": len(self._waiting)}
-        for future in pings:
-            if future.set_running_or_notify_cancel():
-                future.set_result(status)
+            calls = len(self._calls)
+        for _ in range(calls):
+            self._calls.popleft().run()
         return not self._stop
 
     def _turn(self) -> None:
@@ -171,6 +222,7 @@ class Scheduler:
             if ticket.cancelled:
                 self._retire(ticket, keep=True)
                 continue
+            begun = time.monotonic()
             try:
                 delta = ticket.generation.advance()
             except EngineBroken:
@@ -180,11 +232,22 @@ class Scheduler:
                 self._retire(ticket, keep=False)
                 ticket.sink(error)
                 continue
+            self._stats.steps += 1
+            self._stats.step_seconds += time.monotonic() - begun
             if delta is None:
                 continue
+            self._count(ticket, delta)
             if delta.finish:
                 self._retire(ticket, keep=True)
             ticket.sink(delta)
+
+    def _count(self, ticket: Ticket, delta: Delta) -> None:
+        if ticket.counted is None:  # the first delta: the prompt was read
+            self._stats.prompt_tokens += ticket.prompt_tokens
+            self._stats.cached_tokens += delta.reused
+            self._stats.prefix_hits += delta.reused > 0
+        self._stats.generated_tokens += delta.generated - (ticket.counted or 0)
+        ticket.counted = delta.generated
 
     def _retire(self, ticket: Ticket, keep: bool) -> None:
         ticket.generation.close(keep)  # first: should it raise, the ticket is still there to be told
@@ -195,12 +258,12 @@ class Scheduler:
     def _end(self, refusal: Callable[[], Exception]) -> None:
         with self._changed:
             self._refusal = refusal
+            self._ended = True
             orphans = [*self._running, *self._waiting]
             self._running, self._waiting = [], deque()
-            pings, self._pings = self._pings, []
-        for future in pings:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(refusal())
+            calls, self._calls = self._calls, deque()
+        for call in calls:
+            call.refuse(refusal())
         for ticket in orphans:
             ticket.sink(refusal())
 

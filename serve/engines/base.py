@@ -6,6 +6,7 @@ another one. It knows nothing of sampling, stop strings or HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -75,6 +76,13 @@ class Engine(Protocol):
 
     def close(self, sequence: Sequence, keep: bool) -> None:
         """Free the slot; ``keep`` its prompt for a later `open`, or forget it (after an error)."""
+
+    def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
+        """Vectors of texts: None after each bounded piece of work, at last float32 [prompts, width], each of length 1.
+
+        The mean of the last layer's hidden states, unless the model says another pooling. One text is embedded at a
+        time: an iterator that has begun is finished or dropped before the next one begins. On the engine thread.
+        """
 
     def close_model(self) -> None:
         """Free the weights and all sequences; nothing may be called after it."""

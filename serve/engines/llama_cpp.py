@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from llmlite.errors import InputError
 from llmlite.evals.llama import Llama, LlamaSettings
 from llmlite.serve.engines import chat_template
 from llmlite.serve.engines.base import CHUNK, ChatTemplateError, EngineBroken, Sequence, Slots, with_bos
+from llmlite.serve.engines.llama_embed import LlamaEmbedder
 from llmlite.serve.settings import ServeSettings
 
 
@@ -35,6 +37,7 @@ class LlamaCppEngine:
         self.eos = frozenset(t for t in range(self.vocab_size) if api.llama_vocab_is_eog(self._llama.vocab, t))
         self._memory = api.llama_get_memory(self._llama.context)
         self._pool = Slots(self.slots, reusable=self._can_cut())
+        self._embedder: LlamaEmbedder | None = None
         template = api.llama_model_chat_template(self._llama.model, None)
         self._template = None if template is None else template.decode("utf-8", "replace")
         self._special = {
@@ -91,7 +94,14 @@ class LlamaCppEngine:
         self._pool.put_back(sequence, keep)
         self._cut(sequence)
 
+    def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
+        if self._embedder is None:  # its memory is taken when it is first needed
+            self._embedder = LlamaEmbedder(self._llama, self.context)
+        return self._embedder.embed(prompts)
+
     def close_model(self) -> None:
+        if self._embedder is not None:
+            self._embedder.close()
         self._llama.close()
 
     def _decode(self, tokens: int, rows: int) -> np.ndarray:

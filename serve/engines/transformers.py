@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from llmlite.errors import InputError
 from llmlite.evals.hf import load_transformers, prefix_token
 from llmlite.serve.engines import chat_template
 from llmlite.serve.engines.base import ChatTemplateError, Sequence, Slots, with_bos
+from llmlite.serve.engines.transformers_embed import TransformersEmbedder
 from llmlite.serve.settings import ServeSettings
 
 
@@ -39,6 +41,7 @@ class TransformersEngine:
         self._pool = Slots(self.slots, reusable=all(type(layer) is DynamicLayer for layer in layers))
         self._caches = [DynamicCache(config=config) for _ in range(self.slots)]
         self._config = config
+        self._embedder = TransformersEmbedder(self._model, config, path)
         self._trims_head = "logits_to_keep" in inspect.signature(self._model.forward).parameters
 
     def encode(self, text: str) -> list[int]:
@@ -73,8 +76,11 @@ class TransformersEngine:
         self._pool.put_back(sequence, keep)
         self._cut(sequence)
 
+    def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
+        return self._embedder.embed(prompts)
+
     def close_model(self) -> None:
-        del self._model, self._caches
+        del self._model, self._caches, self._embedder
 
     @torch.inference_mode()
     def _forward(self, sequence: Sequence, tokens: list[int], rows: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""GET /health asks every loaded engine."""
+"""GET /health asks every loaded engine, /ready whether requests should be sent here, /metrics what was counted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.models import Model
-from llmlite.serve.routes.answering import models_of
+from llmlite.serve.routes.answering import metrics_of, models_of
 from llmlite.serve.scheduler import EngineDead, ShuttingDown
 
 PATIENCE = 30.0
@@ -24,6 +24,25 @@ async def health(request: Request) -> Response:
     loads = await asyncio.gather(*(ask(model) for model in models_of(request).models))
     total = {key: sum(load[key] for load in loads) for key in ("running", "waiting")}
     return JSONResponse({"status": "ok", **total})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """200 when the first model is loaded and the server takes requests; 503 before that and while it drains."""
+    models = models_of(request)
+    first = models.models[0]
+    if models.draining:
+        raise as_api_error(ShuttingDown())
+    if not first.alive:
+        raise ApiError(503, f"the model {first.spec.name!r} is not loaded", code="not_ready")
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Counts for Prometheus, in its text format."""
+    counted = metrics_of(request)
+    return Response(counted.text(), media_type=counted.content_type)
 
 
 async def ask(model: Model) -> dict[str, int]:

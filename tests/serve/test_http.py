@@ -261,7 +261,7 @@ def test_a_dead_engine_is_503_everywhere():
 def test_a_full_queue_is_429_with_retry_after():
     engine = ScriptedEngine()
     with running(engine, max_queue=1) as server:
-        long = {"prompt": "slow say:" + "x" * 60}
+        long = {"prompt": "slow say:" + "x" * 60, "max_tokens": 60}
         threads = [threading.Thread(target=server.post, args=(PLAIN, long)) for _ in range(2)]
         for thread in threads:
             thread.start()
