@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from llmlite.serve.answers import CompletionAnswer
+from llmlite.serve.documents import STREAM, Completion, answers
 from llmlite.serve.engines.base import Engine
 from llmlite.serve.errors import ApiError
 from llmlite.serve.generation import Work
@@ -21,7 +22,7 @@ COMPLETION_TOKENS = 16
 router = APIRouter()
 
 
-@router.post("/v1/completions", dependencies=[Depends(require_json)])
+@router.post("/v1/completions", dependencies=[Depends(require_json)], responses=answers(Completion, STREAM))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """OpenAI's text completions, with ``echo`` and prompts of token ids."""
     async with Using(request, body.model) as using:

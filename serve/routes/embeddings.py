@@ -9,6 +9,7 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from llmlite.serve.documents import EmbeddingList, answers
 from llmlite.serve.embeddings_schema import EmbeddingsRequest
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.routes.answering import Using, models_of, require_json
@@ -19,7 +20,7 @@ from llmlite.serve.service import Service
 router = APIRouter()
 
 
-@router.post("/v1/embeddings", dependencies=[Depends(require_json)])
+@router.post("/v1/embeddings", dependencies=[Depends(require_json)], responses=answers(EmbeddingList))
 async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     """OpenAI's embeddings, of any model that is served: pooled hidden states of length 1."""
     if models_of(request).draining:

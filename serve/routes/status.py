@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
+from llmlite.serve.documents import Health, Ready, answers
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.models import Model
 from llmlite.serve.routes.answering import metrics_of, models_of
@@ -15,10 +17,19 @@ from llmlite.serve.scheduler import EngineDead, ShuttingDown
 PATIENCE = 30.0
 """Seconds /health waits for an engine thread, which answers between two steps."""
 
+# FastAPI would document the errors of an endpoint that answers text as text.
+PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {
+        "description": "Why the server can't answer",
+        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}},
+    }
+    for status in ("4XX", "5XX")
+}
+
 router = APIRouter()
 
 
-@router.get("/health")
+@router.get("/health", responses=answers(Health))
 async def health(request: Request) -> Response:
     """200 when every loaded engine's own thread has answered; 503 where one is dead, silent or shutting down."""
     loads = await asyncio.gather(*(ask(model) for model in models_of(request).models))
@@ -26,7 +37,7 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok", **total})
 
 
-@router.get("/ready")
+@router.get("/ready", responses=answers(Ready))
 async def ready(request: Request) -> Response:
     """200 when the first model is loaded and the server takes requests; 503 before that and while it drains."""
     models = models_of(request)
@@ -38,7 +49,7 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse, responses={**answers(None, "text/plain"), **PLAIN_ERRORS})
 async def metrics(request: Request) -> Response:
     """Counts for Prometheus, in its text format."""
     counted = metrics_of(request)

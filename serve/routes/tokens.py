@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
+from llmlite.serve.documents import Tokens, TokenText, answers
 from llmlite.serve.routes.answering import Using, models_of, require_json
 from llmlite.serve.routes.chat import prompt_of
 from llmlite.serve.routes.completions import check_ids
@@ -17,7 +18,7 @@ from llmlite.serve.tokens_schema import DetokenizeRequest, TokenizeRequest
 router = APIRouter()
 
 
-@router.post("/tokenize", dependencies=[Depends(require_json)])
+@router.post("/tokenize", dependencies=[Depends(require_json)], responses=answers(Tokens))
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a text, or of a conversation by the model's template."""
     name = body.model or models_of(request).names[0]
@@ -31,7 +32,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         return JSONResponse({"tokens": shown, "count": len(tokens), "max_model_len": service.engine.context})
 
 
-@router.post("/detokenize", dependencies=[Depends(require_json)])
+@router.post("/detokenize", dependencies=[Depends(require_json)], responses=answers(TokenText))
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids, control tokens by name; bytes that are no whole character become U+FFFD."""
     async with Using(request, body.model or models_of(request).names[0]) as using:

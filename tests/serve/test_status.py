@@ -47,8 +47,11 @@ def test_detokenize(server):
 )
 def test_what_is_refused_is_named(server, path, body, param):
     assert param in error_of(server.post(path, body), 400, param)
-    error_of(httpx.post(f"{server.url}{path}", json={"model": "x", "content": "", "tokens": []}), 400 if
-             path == "/detokenize" else 404, "content" if path == "/detokenize" else "model")  # fmt: skip
+
+
+def test_a_model_that_is_not_served(server):
+    error_of(server.post("/tokenize", {"model": "x", "content": "a"}), 404, "model")
+    error_of(server.post("/detokenize", {"model": "x", "tokens": []}), 404, "model")
 
 
 def test_ready_until_it_drains_or_dies(tmp_path):
