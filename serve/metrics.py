@@ -19,21 +19,22 @@ BETWEEN_TOKENS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.
 """Upper bounds in seconds of the histogram of times between two tokens."""
 
 COUNTERS = {
-    "prompt_tokens": "Prompt tokens of all sequences that were begun.",
-    "cached_tokens": "Prompt tokens that were in the cache.",
-    "generated_tokens": "Tokens that were drawn, end tokens too.",
-    "prefix_hits": "Sequences that found some of their prompt in the cache.",
-    "preemptions": "Sequences that had to leave their cells to others for a while.",
-    "steps": "Steps of the engine.",
-    "step_seconds": "Seconds that these steps took.",
-    "decode_seconds": "Seconds of them inside the engine.",
+    "prompt_tokens": ("prompt_tokens", "Prompt tokens of all sequences that were begun."),
+    "cached_tokens": ("cached_prompt_tokens", "Prompt tokens that were in the cache."),
+    "generated_tokens": ("generated_tokens", "Tokens that were drawn, end tokens too."),
+    "prefix_hits": ("prefix_hits", "Sequences that found some of their prompt in the cache."),
+    "preemptions": ("preemptions", "Sequences that had to leave their cells to others for a while."),
+    "steps": ("engine_steps", "Steps of the engine."),
+    "step_seconds": ("engine_step_seconds", "Seconds that these steps took."),
+    "decode_seconds": ("engine_decode_seconds", "Seconds of them inside the engine."),
 }
 GAUGES = {
-    "running": "Sequences that run.",
-    "waiting": "Sequences that wait.",
-    "cells_used": "Positions of the key and value cache that are used.",
-    "cells_total": "Positions that the key and value cache has.",
+    "running": ("sequences_running", "Sequences that run."),
+    "waiting": ("sequences_waiting", "Sequences that wait."),
+    "cells_used": ("kv_cells_used", "Positions of the key and value cache that are used."),
+    "cells_total": ("kv_cells", "Positions that the key and value cache has."),
 }
+"""Each field of `Stats` under its name for Prometheus."""
 
 
 class Metrics:
@@ -86,10 +87,10 @@ class EngineCollector(Collector):
         stats = {
             model.spec.name: model.service.scheduler.stats for model in self._models.models if model.service is not None
         }
-        for field, text in COUNTERS.items():
-            yield _family(CounterMetricFamily(f"llmlite_{field}", text, labels=["model"]), field, stats)
-        for field, text in GAUGES.items():
-            yield _family(GaugeMetricFamily(f"llmlite_{field}", text, labels=["model"]), field, stats)
+        for field, (name, text) in COUNTERS.items():
+            yield _family(CounterMetricFamily(f"llmlite_{name}", text, labels=["model"]), field, stats)
+        for field, (name, text) in GAUGES.items():
+            yield _family(GaugeMetricFamily(f"llmlite_{name}", text, labels=["model"]), field, stats)
         loaded = GaugeMetricFamily("llmlite_model_loaded", "1 where the model is loaded and runs.", labels=["model"])
         restarts = CounterMetricFamily("llmlite_engine_restarts", "Engines opened again.", labels=["model"])
         for model in self._models.models:

@@ -94,14 +94,14 @@ def test_metrics_count_what_was_served():
         assert found["requests_total", "GET", "other", "404"] == 1
         assert found["requests_total", "GET", "/v1/models/{model:path}", "200"] == 1
         assert found["prompt_tokens_total", "model"] == 614
-        assert (found["cached_tokens_total", "model"], found["prefix_hits_total", "model"]) == (256, 1)
+        assert (found["cached_prompt_tokens_total", "model"], found["prefix_hits_total", "model"]) == (256, 1)
         assert found["generated_tokens_total", "model"] == 8
         assert found["time_to_first_token_seconds_count", "model"] == 2
         assert found["time_between_tokens_seconds_count", "model"] == 6
         assert 0 < found["time_to_first_token_seconds_sum", "model"] < 10
-        assert (found["running", "model"], found["waiting", "model"]) == (0, 0)
+        assert (found["sequences_running", "model"], found["sequences_waiting", "model"]) == (0, 0)
         assert (found["model_loaded", "model"], found["engine_restarts_total", "model"]) == (1, 0)
-        assert found["steps_total", "model"] > 8
+        assert found["engine_steps_total", "model"] > 8
 
 
 def test_metrics_say_what_runs_and_what_waits_now():
@@ -111,7 +111,8 @@ def test_metrics_say_what_runs_and_what_waits_now():
         threads = [threading.Thread(target=server.post, args=("/v1/completions", long)) for _ in range(2)]
         for thread in threads:
             thread.start()
-        assert server.wait(lambda: (metrics(server)["running", "model"], metrics(server)["waiting", "model"]) == (1, 1))
+        names = ("sequences_running", "sequences_waiting")
+        assert server.wait(lambda: [metrics(server)[name, "model"] for name in names] == [1, 1])
         for thread in threads:
             thread.join()
 
