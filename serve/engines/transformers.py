@@ -26,6 +26,7 @@ from llmlite.serve.engines.base import ChatTemplateError, EngineBroken, NoRoom, 
 from llmlite.serve.engines.slot_cache import Rows, SlotCache, split_attention
 from llmlite.serve.engines.slots import Slots
 from llmlite.serve.engines.stored import codec
+from llmlite.serve.engines.transformers_embed import TransformersEmbedder
 from llmlite.serve.engines.vocabulary import Vocabulary, end_tokens
 from llmlite.serve.prefixes import PrefixStore
 from llmlite.serve.settings import ServeSettings
@@ -67,6 +68,7 @@ class TransformersEngine:
         self._exact = settings.exact
         self._one_by_one = settings.exact or _turns_by_length(facts)
         self._adapters = Adapters(self._model, settings.adapters)
+        self._embedder = TransformersEmbedder(self._model, config, path)
         self._trims_head = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._splits = config._attn_implementation == "sdpa"
         if self._splits:
@@ -143,10 +145,13 @@ class TransformersEngine:
     def room(self) -> Room:
         return Room(self._pool.used, self._pool.kept, self._total, self._total < self.slots * self.context)
 
+    def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
+        return self._embedder.embed(prompts)
+
     def close_model(self) -> None:
         self._pool.store_all()
         self.store.close()
-        del self._model, self._cache, self._adapters
+        del self._model, self._cache, self._adapters, self._embedder
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
