@@ -149,7 +149,7 @@ class Store:
 
 def _zeros(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """No NaN where nothing was written: attention multiplies that by 0. On a CPU untouched pages take no memory."""
-    if like.device.type != "cpu":
+    if like.device.type != "cpu" or 0 in shape:
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     return torch.from_numpy(np.zeros(math.prod(shape) * like.itemsize, np.uint8)).view(like.dtype).view(shape)
 

@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from llmlite.serve.engines.base import ChatTemplateError, EngineBroken, NoRoom, Room
+from llmlite.serve.engines.pooling import CHUNK
 from llmlite.serve.engines.slots import Slots
 from llmlite.serve.prefixes import PrefixStore
 
@@ -83,7 +84,7 @@ class ScriptedEngine:
         for row, prompt in zip(rows, prompts, strict=True):
             for begin in range(0, len(prompt), CHUNK):
                 self.calls.append(len(prompt[begin : begin + CHUNK]))
-                self._row(Sequence(0, prompt, len(prompt)))
+                self._misbehave(bytes(token for token in prompt if token < 256))
                 yield None
             np.add.at(row, np.array(prompt) % 8, 1)
         yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -133,14 +134,16 @@ class ScriptedEngine:
 
     def _check(self, pieces):
         for piece in pieces:
-            prompt = self._prompt(piece.sequence)
-            if b"slow" in prompt:
-                time.sleep(0.02)
-            if b"boom" in prompt:
-                raise RuntimeError("boom")
-            if b"break" in prompt:
-                raise EngineBroken("it broke")
+            self._misbehave(self._prompt(piece.sequence))
         self._make_room(sum(len(piece.tokens) for piece in pieces))
+
+    def _misbehave(self, prompt):
+        if b"slow" in prompt:
+            time.sleep(0.02)
+        if b"boom" in prompt:
+            raise RuntimeError("boom")
+        if b"break" in prompt:
+            raise EngineBroken("it broke")
 
     def _prompt(self, sequence):
         return bytes(token for token in sequence.prompt if token < 256)
