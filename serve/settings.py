@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from llmlite.errors import InputError
 
@@ -29,6 +30,20 @@ class ServeSettings:
         default=None, metadata={"help": "file with one API key a line; without it no key is asked for"}
     )
 
+    engine: Literal["auto", "upstream", "vllm"] = field(
+        default="auto",
+        metadata={
+            "help": "what runs the model: auto (an engine in this process, or the server behind a URL), upstream "
+            "(the server behind a URL), vllm (a vLLM that is started for it)"
+        },
+    )
+    upstream_key_file: Path | None = field(
+        default=None, metadata={"help": "file with the API key that the server behind a URL asks for"}
+    )
+    upstream_timeout: float = field(
+        default=600.0, metadata={"help": "seconds for which a server behind this one may send nothing"}
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InputError(f"port {self.port}: must lie between 0 and 65535")
@@ -40,6 +55,20 @@ class ServeSettings:
         ]:  # fmt: skip
             if value is not None and value < 1:
                 raise InputError(f"{name} {value}: must be at least 1")
+        if not self.upstream_timeout > 0:
+            raise InputError(f"upstream_timeout {self.upstream_timeout}: must be more than 0")
+
+    def upstream_key(self) -> str | None:
+        """The key in ``upstream_key_file``; None without one. Raises `InputError` unless it is one line."""
+        if self.upstream_key_file is None:
+            return None
+        try:
+            lines = self.upstream_key_file.read_text("ascii").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.upstream_key_file}: can't be read as a file with an API key ({error})") from None
+        if len(lines) != 1:
+            raise InputError(f"{self.upstream_key_file}: must hold one API key and nothing else")
+        return lines[0]
 
     def api_keys(self) -> frozenset[str]:
         """The keys of ``api_key_file``; empty when none is asked for. Raises `InputError` for an empty file."""

@@ -69,11 +69,17 @@ class Running:
 
 
 @contextmanager
-def running(engine, manifest=None, **settings):
+def running(engine, manifest=None, port=0, **settings):
     spec = ModelSpec("model", lambda: Opened(engine, "model", manifest))
-    app = create_app([spec], ServeSettings(**settings))
+    with serving(create_app([spec], ServeSettings(**settings)), port) as server:
+        yield server
+
+
+@contextmanager
+def serving(app, port=0):
+    """The app on a port of loopback until the block ends."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     server_up = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.models)
