@@ -259,7 +259,8 @@ def test_a_hang_up_reaches_the_upstream(raw, streamed):
 def test_a_hang_up_in_a_stream_frees_the_engine(front, behind):
     body = {"model": "model", "messages": [{"role": "user", "content": "slow say:" + "x" * 1500}], "stream": True}
     with httpx.stream("POST", front.url + CHAT, json=body, timeout=10) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()  # held: without it the connection is closed
+        next(lines)
         assert behind.engine.running
     assert front.wait(lambda: not behind.engine.running)
     assert front.wait(lambda: front.models.upstreams[0].outstanding == 0)
@@ -332,7 +333,8 @@ def test_requests_are_shared_and_one_that_dies_is_left_out(raw):
                 "POST", server.url + CHAT, timeout=30,
                 json={"model": "model", "messages": [{"role": "user", "content": "slow say:" + "x" * 1500}], "stream": True},
             ) as answer:  # fmt: skip
-                next(answer.iter_lines())
+                lines = answer.iter_lines()  # held: without it the connection is closed
+                next(lines)
                 idle = next(engine for engine in engines if not engine.calls)
                 for _ in range(4):
                     server.chat("say:b")
