@@ -17,18 +17,20 @@ import pytest
 pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
-from tests.tiny import save_tiny
-
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory):
-    return save_tiny("llama", tmp_path_factory.mktemp("vllm") / "tiny-w4")
+    directory = tmp_path_factory.mktemp("vllm") / "tiny-w4"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").touch()
+    return directory
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(tmp_path):
     shutil.copy(FAKE, tmp_path / "vllm")
     return f"{tmp_path}:{Path(sys.executable).parent}:/usr/bin:/bin"
