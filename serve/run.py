@@ -33,7 +33,7 @@ def serve(artifacts: Sequence[str | Path], settings: ServeSettings) -> None:
         if is_front(artifacts, settings):
             app, described = stack.enter_context(front(artifacts, settings))
         else:
-            app, described = _local(artifacts, settings)
+            app, described = local(artifacts, settings)
 
         class Server(uvicorn.Server):  # type: ignore[name-defined, misc]
             should_exit: bool
@@ -58,7 +58,7 @@ def serve(artifacts: Sequence[str | Path], settings: ServeSettings) -> None:
         Server(config).run(sockets=[listener])
 
 
-def _local(artifacts: Sequence[str | Path], settings: ServeSettings) -> tuple[FastAPI, Callable[[], str]]:
+def local(artifacts: Sequence[str | Path], settings: ServeSettings) -> tuple[FastAPI, Callable[[], str]]:
     """The app around an engine in this process, and what is said of it when it is ready."""
     from llmlite.serve.app import create_app
     from llmlite.serve.engines import Opened, open_artifact
