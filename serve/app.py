@@ -11,11 +11,11 @@ import llmlite
 from llmlite.serve import errors
 from llmlite.serve.guard import Guard
 from llmlite.serve.models import Models, ModelSpec
-from llmlite.serve.routes import chat, completions, models, status, upstream
+from llmlite.serve.routes import chat, completions, messages, models, responses, status, upstream
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.upstream.pool import Pool
 
-ROUTERS = (status.router, models.router, chat.router, completions.router)
+ROUTERS = (status.router, models.router, chat.router, completions.router, responses.router, messages.router)
 FRONT_ROUTERS = (upstream.router,)
 
 

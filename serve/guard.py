@@ -10,9 +10,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmlite.serve.errors import ApiError
 
+OPEN = frozenset({"/health", "/ready"})
+"""What never needs a key: a load balancer has none."""
+
 
 class Guard:
-    """ASGI middleware. ``keys`` empty: anyone may ask. /health never needs a key."""
+    """ASGI middleware. ``keys`` empty: anyone may ask."""
 
     def __init__(self, app: ASGIApp, max_body: int, keys: frozenset[str]) -> None:
         self._app = app
@@ -25,7 +28,7 @@ class Guard:
             return
         refusal = self._refusal(scope)
         if refusal is not None:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         read = 0
 
@@ -41,8 +44,9 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        if self._keys and scope["path"] != "/health" and not self._known(headers.get("authorization", "")):
-            message = "an API key is needed: send the header 'Authorization: Bearer KEY'"
+        offered = headers.get("authorization") or f"Bearer {headers.get('x-api-key', '')}"  # the latter is Anthropic's
+        if self._keys and scope["path"] not in OPEN and not self._known(offered):
+            message = "an API key is needed: send the header 'Authorization: Bearer KEY' (or 'x-api-key: KEY')"
             return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._max_body:

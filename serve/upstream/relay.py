@@ -25,7 +25,8 @@ AHEAD = 8
 class Relay:
     """Sends a body to the upstream that the pool chooses. Watches the client: a hang-up ends the request there at once.
 
-    Made and used on the event loop. One task owns the connection from its beginning to its end.
+    Made and used on the event loop. One task owns the connection from its beginning to its end. ``kept``: a stream
+    outlives the endpoint, and closes it.
     """
 
     def __init__(self, pool: Pool, path: str, body: dict[str, Any], request: Request) -> None:
@@ -33,6 +34,7 @@ class Relay:
         self._path = path
         self._body = body
         self._items: asyncio.Queue[httpx.Response | bytes | Exception | None] = asyncio.Queue(AHEAD)
+        self.kept = False
         self._ended = False
         self._task = asyncio.create_task(self._run())
         self._watch = asyncio.create_task(self._watch_connection(request))

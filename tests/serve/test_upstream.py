@@ -87,6 +87,37 @@ def test_the_official_client_through_two_servers(front):
         front.client.models.retrieve("other")
 
 
+def test_other_apis_are_told_from_the_chat_answer(front, behind):
+    text = {"model": "model", "input": "say:hello", "max_output_tokens": 50}
+    message = {"model": "model", "messages": [{"role": "user", "content": "say:hello"}], "max_tokens": 50}
+    for path, body in [("/v1/responses", text), ("/v1/messages", message)]:
+        through, direct = (httpx.post(server.url + path, json=body, timeout=30).json() for server in (front, behind))
+        assert through.keys() == direct.keys()
+        assert through["usage"] == direct["usage"]
+        assert "hello" in str(through)
+        streams = [
+            httpx.post(server.url + path, json={**body, "stream": True}, timeout=30).text for server in (front, behind)
+        ]
+        names = [[line for line in stream.splitlines() if line.startswith("event: ")] for stream in streams]
+        assert names[0] == names[1]
+    bad = httpx.post(front.url + "/v1/messages", json={**message, "max_tokens": 0})
+    assert (bad.status_code, bad.json()["type"]) == (400, "error")
+
+
+def test_other_apis_over_a_stream_that_breaks(over_raw, raw):
+    raw.answer = stream(CHUNK, CHUNK[:9], end=False)
+    body = {"model": "model", "input": "a"}
+    error_of(over_raw.post("/v1/responses", body), 502, code="upstream_failed")
+    assert "upstream_failed" in over_raw.post("/v1/responses", {**body, "stream": True}).text.split("event: ")[-1]
+    raw.answer = stream(CHUNK, b'data: {"error":{"message":"no room"}}\n\n')
+    assert "no room" in error_of(over_raw.post("/v1/responses", body), 502)
+    raw.answer = reply("nothing here", 404)
+    body = {"model": "model", "messages": HELLO["messages"]}
+    answer = httpx.post(over_raw.url + "/v1/messages/count_tokens", json=body)
+    assert answer.status_code == 501, answer.text
+    assert "can't count tokens" in answer.json()["error"]["message"]
+
+
 def test_another_name(behind):
     with fronting(behind.url, name="mine") as server:
         assert [card["id"] for card in httpx.get(server.url + "/v1/models").json()["data"]] == ["mine"]
