@@ -95,14 +95,22 @@ class VllmProcess:
         """Start it again, in a while, where it has ended. Returns its URL, which is another one then."""
         now = time.monotonic()
         if self._again is None and self._process.poll() is not None:
-            self._deaths = 1 if now - self._started > PEACE else self._deaths + 1
-            self._again = now + RESTART_AFTER[min(self._deaths, len(RESTART_AFTER)) - 1]
             log.error("vLLM has ended with status %s and is started again", self._process.returncode)
             self._kill()
+            self._plan(now)
         if self._again is not None and now >= self._again:
-            self._again = None
-            self.start()
+            try:
+                self.start()
+                self._again = None
+            except OSError as error:
+                log.error("vLLM can't be started: %s", error)
+                self._plan(now)
         return self.url
+
+    def _plan(self, now: float) -> None:
+        """When to start it again: later each time that it does not last."""
+        self._deaths = 1 if now - self._started > PEACE else self._deaths + 1
+        self._again = now + RESTART_AFTER[min(self._deaths, len(RESTART_AFTER)) - 1]
 
     def stop(self) -> None:
         """End it and all that it started. Blocks."""
