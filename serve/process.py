@@ -20,6 +20,7 @@ from llmlite.serve.connection import connections
 from llmlite.serve.keys import Keyring
 from llmlite.serve.models import Models
 from llmlite.serve.settings import ServeSettings
+from llmlite.serve.upstream.pool import Pool
 
 log = logging.getLogger("llmlite.serve")
 
@@ -47,7 +48,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._settings = settings
         self._ready = ready
-        self._models: Models = app.state.models
+        self._models: Models | Pool = app.state.models
         self._keys: Keyring = app.state.keys
         self._running: set[str] = app.state.running
 

@@ -70,9 +70,15 @@ class Running:
 
 @contextmanager
 def running(engine, manifest=None, keys=None, **settings):
-    settings = ServeSettings(port=0, **{"drain_seconds": 2.0, **settings})
+    settings = ServeSettings(**{"port": 0, "drain_seconds": 2.0, **settings})
     spec = ModelSpec("model", lambda: Opened(engine, "model", manifest))
-    app = create_app([spec], settings, keys)
+    with serving(create_app([spec], settings, keys), settings) as server:
+        yield server
+
+
+@contextmanager
+def serving(app, settings):
+    """The app on a port of loopback until the block ends."""
     server = Server(app, settings)
     listener = bind(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
