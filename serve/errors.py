@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from llmlite.serve.inbox import ClientGone
 from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown
 from llmlite.serve.schema import BRANCHES
+from llmlite.serve.structured.matcher import GrammarTooHard
 
 log = logging.getLogger("llmlite.serve")
 
@@ -61,6 +62,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, message, code="engine_dead", headers={"Retry-After": "2"})
         case ShuttingDown():
             return ApiError(503, "the server is shutting down", code="shutting_down")
+        case GrammarTooHard():
+            return ApiError(400, f"the grammar could not be followed to its end: {error}", code="grammar_too_hard")
         case ClientGone():
             return ApiError(499, "the client hung up")
         case _:
@@ -101,7 +104,8 @@ def _first_problem(error: RequestValidationError) -> ApiError:
     if problem["loc"] == ("body",) and "param" not in problem.get("ctx", {}):
         what = "has a field name that is no text" if problem["type"] == "string_unicode" else "must be a JSON object"
         return ApiError(400, f"the body {what}")
-    param = problem.get("ctx", {}).get("param") or _field_path(problem["loc"][1:])
+    context = problem.get("ctx", {})
+    param = context.get("param") or _field_path((*problem["loc"][1:], *context.get("field", "").split(".")))
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server does not know this field", param, "unknown_parameter")
     if problem["type"] == "missing":
@@ -113,7 +117,7 @@ def _first_problem(error: RequestValidationError) -> ApiError:
 
 def _field_path(loc: tuple[str | int, ...]) -> str:
     """As in messages.0.content, without the branches of unions, which pydantic puts in."""
-    return ".".join(str(part) for part in loc if part not in BRANCHES)
+    return ".".join(str(part) for part in loc if part != "" and part not in BRANCHES)
 
 
 def _printable(text: str) -> str:

@@ -19,7 +19,8 @@ class Work:
     """What one sequence is to do. ``len(prompt) + max_tokens`` fits the engine's context; the prompt isn't empty.
 
     ``top_logprobs`` None: no log-probabilities; ``score_prompt``: those of the prompt's tokens, too; ``adapter``:
-    the low-rank adapter to run with; ``constraint`` makes the state of the grammar that the output must follow.
+    the low-rank adapter to run with; ``constraint`` makes the state of the grammar that the output must follow;
+    ``shown``: control tokens whose letters are part of the text.
     """
 
     prompt: list[int]
@@ -32,6 +33,7 @@ class Work:
     score_prompt: bool = False
     adapter: str | None = None
     constraint: Callable[[], Constraint] | None = None
+    shown: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Generation:
         self._counts[token] += 1
         if self._work.top_logprobs is not None:
             self._pending.append(self._score(log_softmax(logits), token, self._text.length))
-        text = self._text.push(self._engine.token_bytes(token, special=False))
+        text = self._text.push(self._engine.token_bytes(token, special=token in self._work.shown))
         finish = None
         if not self._text.stopped and self._generated == self._work.max_tokens:
             text += self._text.finish()

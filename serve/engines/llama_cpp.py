@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +36,8 @@ class LlamaCppEngine:
         self.eos = frozenset(t for t in range(self.vocab_size) if api.llama_vocab_is_eog(self._llama.vocab, t))
         self._memory = api.llama_get_memory(self._llama.context)
         self._pool = Slots(self.slots, reusable=self._can_cut())
-        template = api.llama_model_chat_template(self._llama.model, None)
-        self._template = None if template is None else template.decode("utf-8", "replace")
+        self._template = self._chat_template(None)
+        self.tool_template = self._chat_template(b"tool_use") or self._template
         self._special = {
             "bos_token": self._token_text(api.llama_vocab_bos(self._llama.vocab)),
             "eos_token": self._token_text(api.llama_vocab_eos(self._llama.vocab)),
@@ -45,10 +46,11 @@ class LlamaCppEngine:
     def encode(self, text: str) -> list[int]:
         return with_bos(self._llama.tokenize(text, special=True).tolist(), self._llama.bos)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if self._template is None:
+    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        template = self.tool_template if tools else self._template
+        if template is None:
             raise ChatTemplateError(chat_template.NO_TEMPLATE)
-        text = chat_template.render(self._template, messages, self._special)
+        text = chat_template.render(template, messages, self._special, tools)
         return self._llama.tokenize(text, special=True).tolist()
 
     def token_bytes(self, token: int, special: bool) -> bytes:
@@ -115,6 +117,10 @@ class LlamaCppEngine:
         return not (
             api.llama_model_n_swa(model) or api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
         )
+
+    def _chat_template(self, name: bytes | None) -> str | None:
+        template = self._api.llama_model_chat_template(self._llama.model, name)
+        return None if template is None else template.decode("utf-8", "replace")
 
     def _token_text(self, token: int) -> str:
         return "" if token < 0 else self.token_bytes(token, special=True).decode("utf-8", "replace")

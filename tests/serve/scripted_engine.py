@@ -21,9 +21,11 @@ class ScriptedEngine:
     vocab_size = 260
     eos = frozenset({EOS})
 
-    def __init__(self, context: int = 2048, slots: int = 1):
+    def __init__(self, context: int = 2048, slots: int = 1, tool_template: str | None = None):
         self.context = context
         self.slots = slots
+        self.tool_template = tool_template
+        self.told: tuple[list, list | None] = ([], None)  # the last messages and tools
         self.pool = Slots(slots, reusable=True)
         self.calls: list[int] = []
         self.running: set[Sequence] = set()
@@ -31,7 +33,8 @@ class ScriptedEngine:
     def encode(self, text):
         return list(text.encode())
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, tools=None):
+        self.told = (messages, tools)
         if any(message["role"] == "system" for message in messages):
             raise ChatTemplateError("the model's chat template refused these messages: no system role")
         return list("\n".join(message["content"] for message in messages).encode())
