@@ -17,7 +17,7 @@ from llmlite.serve.structured.schema import InvalidGrammar
 from llmlite.serve.structured.vocabulary import Vocabulary
 
 KEPT = 32
-PATIENCE = 10.0
+PATIENCE = 30.0
 """Seconds that compiling may take; the limits below keep it far from that."""
 LIMITS = LLParserLimits(
     max_items_in_row=5000,

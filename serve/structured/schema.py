@@ -13,7 +13,7 @@ from llmlite.errors import LlmliteError
 MAX_CHARACTERS = 128 * 1024
 MAX_DEPTH = 64
 """Of brackets within brackets in the schema's JSON; the compiler recurses."""
-MAX_PROPERTIES = 1000
+MAX_PROPERTIES = 500
 MAX_MULTIPLE = 10_000
 """Largest multipleOf, its decimal point left out: the compiler makes a state for each remainder."""
 
