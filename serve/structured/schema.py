@@ -10,7 +10,7 @@ from typing import Any
 
 from llmlite.errors import LlmliteError
 
-MAX_CHARACTERS = 128 * 1024
+MAX_CHARACTERS = 64 * 1024
 MAX_DEPTH = 64
 """Of brackets within brackets in the schema's JSON; the compiler recurses."""
 MAX_PROPERTIES = 500

@@ -6,7 +6,28 @@ from tests.serve.scripted_engine import ScriptedEngine
 
 WORDS = ("name", "age", "tags", "é", "a b", 'quo"te', "id", "x_1", "kind")
 PATTERNS = ("^[a-z]{2,5}$", "^\\d{3}-\\d{4}$", "[A-Z]", "^(red|green)+$", "^é?x*$")
-PIECES = ('": ', '", "', '"}', "{}", "[]", "tru", "e,", ' "', "1.5", "00", '"a', "null", "é", "🦙", "\\u", '\\"', "]}", "lse", "-1", "e+")
+PIECES = (
+    '": ',
+    '", "',
+    '"}',
+    "{}",
+    "[]",
+    "tru",
+    "e,",
+    ' "',
+    "1.5",
+    "00",
+    '"a',
+    "null",
+    "é",
+    "🦙",
+    "\\u",
+    '\\"',
+    "]}",
+    "lse",
+    "-1",
+    "e+",
+)
 
 
 def random_schema(random, depth=0):

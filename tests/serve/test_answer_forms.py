@@ -34,9 +34,14 @@ class Person(BaseModel):
     friends: list["Person"] | None
 
 
+def knowing(engine, template):
+    engine.tool_template = template
+    return engine
+
+
 @pytest.fixture(scope="module")
 def tooled():
-    with running(ScriptedEngine(tool_template=HERMES)) as server:
+    with running(knowing(ScriptedEngine(), HERMES)) as server:
         yield server
 
 
@@ -100,7 +105,10 @@ def test_grammars_as_llama_server_and_vllm_take_them(server):
     assert complete(structured_outputs={"json": {"type": "integer", "maximum": 12}}) == "12"
     assert complete(grammar='root ::= [0-9:]+ "!"') == "12:30!"
     assert complete(structured_outputs={"grammar": 'start: "12" /[:;]/'}) == "12:"
-    object_with_schema = {"type": "json_object", "schema": {"properties": {"a": {"type": "null"}}, "required": ["a"], "type": "object"}}
+    object_with_schema = {
+        "type": "json_object",
+        "schema": {"properties": {"a": {"type": "null"}}, "required": ["a"], "type": "object"},
+    }
     assert json.loads(ask(server, "x", response_format=object_with_schema).message.content) == {"a": None}
 
 
@@ -165,7 +173,10 @@ def test_a_call_whole_and_streamed(tooled):
     assert answer.message.content == "Well. "
     assert calls_of(answer.message) == [("get_weather", '{"city": "Paris"}'), ("now", "{}")]
     assert len({call.id for call in answer.message.tool_calls}) == 2
-    assert tooled.engine.told[1] == [WEATHER, {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}}]
+    assert tooled.engine.told[1] == [
+        WEATHER,
+        {"type": "function", "function": {"name": "now", "parameters": {"type": "object", "properties": {}}}},
+    ]
 
 
 def test_arguments_are_streamed_as_they_are_written(tooled):
@@ -173,7 +184,11 @@ def test_arguments_are_streamed_as_they_are_written(tooled):
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks[:-1]]
     assert deltas[0] == {"role": "assistant", "content": None}
     first = deltas[1]["tool_calls"][0]
-    assert (first["index"], first["type"], first["function"]) == (0, "function", {"name": "get_weather", "arguments": ""})
+    assert (first["index"], first["type"], first["function"]) == (
+        0,
+        "function",
+        {"name": "get_weather", "arguments": ""},
+    )
     pieces = [delta["tool_calls"][0]["function"]["arguments"] for delta in deltas[2:-1]]
     assert "".join(pieces) == '{"city": "Paris"}'
     assert len(pieces) == len("".join(pieces)), "a token a piece"
@@ -201,7 +216,11 @@ def test_a_begun_call_must_be_a_call(tooled):
 def test_text_stays_text_with_tools_and_without(tooled):
     for more in [{"tools": [WEATHER]}, {"tools": [WEATHER], "tool_choice": "auto"}]:
         answer = ask(tooled, "no <tool> {here}", **more)
-        assert (answer.message.content, answer.finish_reason, answer.message.tool_calls) == ("no <tool> {here}", "stop", None)
+        assert (answer.message.content, answer.finish_reason, answer.message.tool_calls) == (
+            "no <tool> {here}",
+            "stop",
+            None,
+        )
     answer = ask(tooled, PARIS, tools=[WEATHER], tool_choice="none")
     assert (answer.message.content, answer.message.tool_calls) == (PARIS, None)
     assert tooled.engine.told[1] is None
@@ -214,7 +233,10 @@ def test_tool_choice_says_which(tooled):
     assert named.finish_reason == "tool_calls"
     required = ask(tooled, PARIS, **both, tool_choice="required", parallel_tool_calls=False)
     assert calls_of(required.message) == [("get_weather", '{"city": "Paris"}')]
-    one = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]}}
+    one = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [{"type": "function", "function": {"name": "now"}}]},
+    }
     allowed = ask(tooled, NOON, **both, tool_choice=one)
     assert calls_of(allowed.message) == [("now", "{}")]
     single = ask(tooled, f"{PARIS}\n{NOON}", **both, parallel_tool_calls=False)
@@ -223,7 +245,7 @@ def test_tool_choice_says_which(tooled):
 
 @pytest.mark.parametrize("template", [None, HERMES, LLAMA, MISTRAL, "<start_of_turn>", "[TOOL_CALLS]f[ARGS]{{tools}}"])
 def test_required_gives_valid_calls_from_random_logits_in_every_format(template):
-    with running(RandomEngine(closing=5.0, tool_template=template)) as server:
+    with running(knowing(RandomEngine(closing=5.0), template)) as server:
         finished = 0
         for seed in range(6):
             body = {"messages": user("x"), "tools": [WEATHER, NOW], "tool_choice": "required", "max_tokens": 300}
@@ -249,7 +271,7 @@ def test_a_schema_for_the_text_beside_tools(tooled):
     form = {"type": "json_object"}
     assert ask(tooled, '{"a": 1}', tools=[WEATHER], response_format=form).message.content == '{"a": 1}'
     assert ask(tooled, PARIS, tools=[WEATHER], response_format=form).finish_reason == "tool_calls"
-    with running(ScriptedEngine(tool_template=LLAMA)) as server:
+    with running(knowing(ScriptedEngine(), LLAMA)) as server:
         error_of(server.chat("say:a", tools=[WEATHER], response_format=form), 400, "response_format")
 
 
@@ -278,12 +300,14 @@ def test_a_client_that_hangs_up_in_a_constrained_answer_frees_the_engine():
 
 
 def test_constrained_and_free_requests_side_by_side():
-    with running(ScriptedEngine(slots=3, tool_template=HERMES)) as server:
+    with running(knowing(ScriptedEngine(slots=3), HERMES)) as server:
         found = {}
 
         def one(number):
             more = [{}, {"tools": [WEATHER]}, {"structured_outputs": {"regex": "b+"}}][number % 3]
-            found[number] = server.chat("say:bbbb", temperature=0, max_tokens=4, **more).json()["choices"][0]["message"]["content"]
+            found[number] = server.chat("say:bbbb", temperature=0, max_tokens=4, **more).json()["choices"][0][
+                "message"
+            ]["content"]
 
         threads = [threading.Thread(target=one, args=(number,)) for number in range(9)]
         for thread in threads:
@@ -296,5 +320,10 @@ def test_constrained_and_free_requests_side_by_side():
 
 def test_a_refusal_reaches_the_official_client(tooled):
     with pytest.raises(openai.BadRequestError) as refusal:
-        tooled.client.chat.completions.create(model="model", messages=user("a"), tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "x"}})
+        tooled.client.chat.completions.create(
+            model="model",
+            messages=user("a"),
+            tools=[WEATHER],
+            tool_choice={"type": "function", "function": {"name": "x"}},
+        )
     assert refusal.value.param == "tool_choice"

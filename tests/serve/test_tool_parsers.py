@@ -13,8 +13,20 @@ PARIS = '{"city": "Paris, \\"FR\\" } ]", "days": [1, {"a": "\\\\"}]}'
 
 # (format, answer, text beside the calls, [(name, arguments)], whether the calls are complete)
 ANSWERS = [
-    ("hermes", f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>', "", [("get_weather", PARIS)], True),
-    ("hermes", f'Let me see.\n\n<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>\n<tool_call>\n{{"name": "add", "arguments": {{"é": "🦙"}}}}\n</tool_call>', "Let me see.\n\n", [("get_weather", PARIS), ("add", '{"é": "🦙"}')], True),
+    (
+        "hermes",
+        f'<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>',
+        "",
+        [("get_weather", PARIS)],
+        True,
+    ),
+    (
+        "hermes",
+        f'Let me see.\n\n<tool_call>\n{{"name": "get_weather", "arguments": {PARIS}}}\n</tool_call>\n<tool_call>\n{{"name": "add", "arguments": {{"é": "🦙"}}}}\n</tool_call>',
+        "Let me see.\n\n",
+        [("get_weather", PARIS), ("add", '{"é": "🦙"}')],
+        True,
+    ),
     ("hermes", '\n<tool_call>{"arguments": {"a": 1}, "name": "add"}</tool_call>\n', "", [("add", '{"a": 1}')], True),
     ("hermes", '<tool_call>\n{"name": "add"}\n</tool_call>', "", [("add", "{}")], True),
     ("hermes", "a <tool_ b <tool_call", "a <tool_ b <tool_call", [], False),
@@ -29,11 +41,35 @@ ANSWERS = [
     ("llama3", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', [], False),
     ("llama3", "It is sunny {here}.", "It is sunny {here}.", [], False),
     ("llama3", "<|python", "<|python", [], False),
-    ("mistral", f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {PARIS}}}, {{"name": "add", "arguments": {{}}}}]', "", [("get_weather", PARIS), ("add", "{}")], True),
-    ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "a1b2c3d4e"}]', "", [("add", '{"a": 1}')], True),
+    (
+        "mistral",
+        f'[TOOL_CALLS][{{"name": "get_weather", "arguments": {PARIS}}}, {{"name": "add", "arguments": {{}}}}]',
+        "",
+        [("get_weather", PARIS), ("add", "{}")],
+        True,
+    ),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1}, "id": "a1b2c3d4e"}]',
+        "",
+        [("add", '{"a": 1}')],
+        True,
+    ),
     ("mistral", "see [1] and [TOOL", "see [1] and [TOOL", [], False),
-    ("mistral-args", f"Wait.[TOOL_CALLS]get_weather[ARGS]{PARIS}[TOOL_CALLS]add[CALL_ID]a1b2c3d4e[ARGS]{{}}", "Wait.", [("get_weather", PARIS), ("add", "{}")], True),
-    ("gemma", f'Sure:\n```tool_code\n{{"name": "get_weather", "parameters": {PARIS}}}\n```\n```tool_code\n{{"name": "add", "parameters": {{}}}}\n```', "Sure:\n", [("get_weather", PARIS), ("add", "{}")], True),
+    (
+        "mistral-args",
+        f"Wait.[TOOL_CALLS]get_weather[ARGS]{PARIS}[TOOL_CALLS]add[CALL_ID]a1b2c3d4e[ARGS]{{}}",
+        "Wait.",
+        [("get_weather", PARIS), ("add", "{}")],
+        True,
+    ),
+    (
+        "gemma",
+        f'Sure:\n```tool_code\n{{"name": "get_weather", "parameters": {PARIS}}}\n```\n```tool_code\n{{"name": "add", "parameters": {{}}}}\n```',
+        "Sure:\n",
+        [("get_weather", PARIS), ("add", "{}")],
+        True,
+    ),
     ("gemma", "```python\nprint(1)\n```", "```python\nprint(1)\n```", [], False),
 ]
 
