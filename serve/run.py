@@ -28,6 +28,7 @@ def serve(artifact: str | Path, settings: ServeSettings) -> None:
     """
     need("serve", "uvicorn")
     need("serve", "fastapi")
+    need("serve", "llguidance")
     from llmlite.serve.app import create_app
     from llmlite.serve.logs import logging_to
     from llmlite.serve.process import Server, bind, tls_context, url_of
