@@ -24,10 +24,7 @@ class GrammarConstraint:
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
             raise GrammarTooHard(reason(self._matcher))
-        mask = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little").view(bool)
-        if not mask.any():
-            raise GrammarTooHard("no token of this model goes on where the grammar stands")
-        return mask
+        return np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little").view(bool)
 
     def accept(self, token: int) -> None:
         if not self._matcher.consume_token(token):
@@ -37,6 +34,8 @@ class GrammarConstraint:
 def reason(matcher: LLMatcher) -> str:
     """The matcher's error in one line, without the excerpt of the grammar and what it says of its state."""
     message = matcher.get_error().split("\n<")[0]
+    if message.startswith("NoExtension"):
+        return "no token of this model goes on where the grammar stands"
     message = message.split("failed to compile JSON schema: ")[-1]
     lines = [line.strip() for line in message.splitlines() if line.strip() and line.strip(" ^|") and " | " not in line]
     return "; ".join(lines)[:500].removesuffix(" <non-verbose/>") or "it can't be followed"

@@ -52,8 +52,8 @@ FORMATS = (
     CallFormat(
         "hermes",
         trigger="<tool_call>", before='\n{"name": "', middle='", "arguments": ', after="}\n</tool_call>",
-        between="\n<tool_call>", contains=("<tool_call>", '"arguments', "tools"), lacks=("<function=", "<arg_key>"),
-        markers=("<tool_call>", "</tool_call>"),
+        between="\n<tool_call>", contains=("<tool_call>", '"arguments', "tools"),
+        lacks=("<function=", "<arg_key>", "<tool_calls>"), markers=("<tool_call>", "</tool_call>"),
     ),
     CallFormat(
         "llama3",

@@ -51,12 +51,12 @@ class JsonScanner:
 
 
 class CallReader:
-    """One call as it is read. ``name`` None until it is known; ``arguments`` is their text that nobody took yet."""
+    """One call as it is read. ``name`` None until it is known; ``raw``: all of it up to that."""
 
     def __init__(self, name: str | None) -> None:
         self.raw = ""
         self.name = name
-        self.arguments = ""
+        self._arguments: list[str] = []
         self._scanner = JsonScanner()
         self._all_arguments = name is not None
         self._quoted = ""
@@ -69,22 +69,26 @@ class CallReader:
 
     def push(self, text: str) -> int:
         """Read up to the end of the object: how many characters that were."""
-        for count, character in enumerate(text, 1):
-            self.raw += character
+        count = 0
+        for character in text:
+            count += 1
             part = self._scanner.push(character)
             if self._all_arguments or (part and self._scanner.key in ("arguments", "parameters")):
-                self.arguments += character
+                self._arguments.append(character)
             elif part and self._scanner.key == "name":
                 self._quoted += character
                 if character == '"':
                     self.name = _decoded(self._quoted)
             if self.done:
-                return count
-        return len(text)
+                break
+        if self.name is None:
+            self.raw += text[:count]
+        return count
 
     def take(self) -> str:
         """The arguments' text since the last time; a call that ends without any has none to give: {}."""
-        taken, self.arguments = self.arguments, ""
+        taken = "".join(self._arguments)
+        self._arguments.clear()
         if self.done and not taken and not self._taken:
             taken = "{}"
         self._taken = self._taken or bool(taken)

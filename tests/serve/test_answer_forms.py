@@ -14,7 +14,7 @@ pytest.importorskip("llguidance")
 
 from tests.serve.conftest import error_of, running  # noqa: E402
 from tests.serve.random_schemas import RandomEngine, random_schema  # noqa: E402
-from tests.serve.scripted_engine import ScriptedEngine  # noqa: E402
+from tests.serve.scripted_engine import CONTROL, ScriptedEngine  # noqa: E402
 from tests.serve.test_http import raw_request  # noqa: E402
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -49,10 +49,15 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+def ask_whole(server, said, **more):
+    body = {"model": "model", "messages": user(f"say:{said}"), "temperature": 0, **more}
+    return server.client.chat.completions.create(**body).choices[0]
+
+
 def ask(server, said, **more):
     """The whole answer by the official client, checked against the same answer streamed."""
+    whole = ask_whole(server, said, **more)
     body = {"model": "model", "messages": user(f"say:{said}"), "temperature": 0, **more}
-    whole = server.client.chat.completions.create(**body).choices[0]
     with server.client.chat.completions.stream(**body) as stream:
         streamed = stream.get_final_completion().choices[0]
     assert streamed.finish_reason == whole.finish_reason
@@ -79,7 +84,7 @@ def test_an_answer_that_wants_to_be_something_else_is_held_to_the_schema(server)
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"enum": ["yes", "no"]}, "strict": True}}
     assert ask(server, "maybe", response_format=form).message.content in ('"yes"', '"no"')
     assert json.loads(ask(server, '{"a": [1]}', response_format={"type": "json_object"}).message.content) == {"a": [1]}
-    cut = ask(server, '{"a": "long', response_format={"type": "json_object"}, max_tokens=9)
+    cut = ask_whole(server, '{"a": "long', response_format={"type": "json_object"}, max_tokens=9)
     assert (cut.message.content, cut.finish_reason) == ('{"a": "lo', "length")
 
 
@@ -260,7 +265,7 @@ def test_required_gives_valid_calls_from_random_logits_in_every_format(template)
 
 
 def test_a_call_that_is_cut_says_length(tooled):
-    answer = ask(tooled, PARIS, tools=[WEATHER], max_tokens=60)
+    answer = ask_whole(tooled, PARIS, tools=[WEATHER], max_tokens=60)
     assert answer.finish_reason == "length"
     [(name, arguments)] = calls_of(answer.message)
     assert name == "get_weather"
@@ -327,3 +332,42 @@ def test_a_refusal_reaches_the_official_client(tooled):
             tool_choice={"type": "function", "function": {"name": "x"}},
         )
     assert refusal.value.param == "tool_choice"
+
+
+def test_a_grammar_that_can_t_be_followed_to_its_end_is_an_error_that_says_so():
+    class Dumb(ScriptedEngine):
+        def token_bytes(self, token, special):
+            return b"" if token == ord("b") else super().token_bytes(token, special)
+
+    with running(Dumb()) as server:
+        answer = server.complete("say:aab", structured_outputs={"regex": "aab"})
+        assert "no token" in error_of(answer, 400, code="grammar_too_hard")
+        assert server.complete("say:aa", structured_outputs={"regex": "aa"}).json()["choices"][0]["text"] == "aa"
+
+
+def test_tools_are_told_in_words_where_the_template_knows_none():
+    with running(ScriptedEngine()) as server:  # whose template refuses a system message, too
+        answer = ask(server, PARIS, tools=[WEATHER])
+        assert calls_of(answer.message) == [("get_weather", '{"city": "Paris"}')]
+        [message] = server.engine.told[0]
+        assert message["role"] == "user"
+        assert '"get_weather"' in message["content"]
+
+
+def test_a_marker_that_is_a_control_token_is_read_as_its_letters():
+    class Marked(ScriptedEngine):
+        def token_bytes(self, token, special):
+            return (b"[TOOL_CALLS]" if special else b"") if token == CONTROL else super().token_bytes(token, special)
+
+        def _row(self, sequence):
+            row = super()._row(sequence)
+            row[CONTROL] = 2 * row[1]  # the script's byte 1 stands for the marker
+            return row
+
+    with running(knowing(Marked(), MISTRAL)) as server:
+        said = '\x01[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
+        for choice in ("auto", "required"):
+            answer = ask(server, said, tools=[WEATHER], tool_choice=choice)
+            assert calls_of(answer.message) == [("get_weather", '{"city": "Paris"}')]
+            assert answer.message.content is None
+        assert ask(server, "a\x01b").message.content == "ab"
