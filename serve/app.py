@@ -12,12 +12,15 @@ import llmlite
 from llmlite.serve import errors
 from llmlite.serve.guard import Guard, Record
 from llmlite.serve.keys import Keyring
+from llmlite.serve.metrics import Counting, Metrics
 from llmlite.serve.models import Models, ModelSpec
-from llmlite.serve.routes import chat, completions, models, status, web
+from llmlite.serve.routes import chat, completions, embeddings, messages, models, responses, status, tokens, web
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.sizes import check_sizes
 
-ROUTERS = (status.router, models.router, chat.router, completions.router, web.router)
+ROUTERS = tuple(
+    part.router for part in (status, models, chat, completions, embeddings, responses, messages, tokens, web)
+)
 
 
 def create_app(specs: Sequence[ModelSpec], settings: ServeSettings, keys: Keyring | None = None) -> FastAPI:
@@ -41,8 +44,10 @@ def create_app(specs: Sequence[ModelSpec], settings: ServeSettings, keys: Keyrin
     checks = [Depends(check_sizes)]
     app = FastAPI(title="llmlite", version=llmlite.__version__, lifespan=lifespan, dependencies=checks)
     app.state.models, app.state.keys, app.state.running = served, keys, running
+    app.state.metrics = metrics = Metrics(served)
     # The last one added is the outermost: what it sees is logged, and a browser's preflight has no key.
     app.add_middleware(Guard, settings=settings, keys=keys, draining=lambda: served.draining)
+    app.add_middleware(Counting, metrics=metrics)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictStr
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    StrictStr,
+)
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 
-def only(*neutral: object) -> AfterValidator:
-    """For a field this server doesn't serve: null and ``neutral`` ask for nothing and pass."""
+@dataclass(frozen=True)
+class Only:
+    """See `only`. The OpenAPI document lists what passes."""
 
-    def check(value: object) -> object:
-        if value is None or any(type(value) is type(same) and value == same for same in neutral):
+    values: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.values]}
+
+    def _check(self, value: object) -> object:
+        if value is None or any(type(value) is type(same) and value == same for same in self.values):
             return value
         raise PydanticCustomError("unsupported", "this server does not support it")
 
-    return AfterValidator(check)
+
+def only(*neutral: object) -> Only:
+    """For a field this server doesn't serve: null and ``neutral`` ask for nothing and pass."""
+    return Only(neutral)
 
 
 def unicode_text(text: str) -> str:

@@ -85,7 +85,7 @@ class Guard:
         try:
             caller = self._admit(scope)
         except ApiError as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         try:
             await self._serve(scope, receive, send)
@@ -137,7 +137,7 @@ class Guard:
                 return  # the client is gone
             check_body(body, self._max_text)
         except ApiError as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         if self._log_prompts:
             log_body(exchange_of(scope), body)

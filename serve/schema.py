@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, StrictBool, StrictInt, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    Tag,
+    WithJsonSchema,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from llmlite.serve.fields import Strict, Text, between, only, unicode_text
@@ -49,6 +58,22 @@ def _bias_table(value: object) -> dict[int, float]:
     return {int(token): float(bias) for token, bias in value.items()}
 
 
+STOP = {"type": "string", "minLength": 1, "maxLength": 1024}
+STOPS = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": 16}, {"type": "null"}]}
+BIASES = {
+    "anyOf": [
+        {
+            "type": "object",
+            "maxProperties": 1024,
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
+        {"type": "null"},
+    ]
+}
+"""What `_stop_list` and `_bias_table` take, for the OpenAPI document."""
+
+
 class StreamOptions(Strict):
     include_usage: StrictBool | None = None
     include_obfuscation: Annotated[Any, only(False)] = None
@@ -72,10 +97,10 @@ class Generating(Strict):
     top_k: Annotated[int, between(0, 2**31)] | None = None
     min_p: Annotated[float, between(0, 1)] | None = None
     seed: Annotated[int, between(-(2**63), 2**63 - 1)] | None = None
-    stop: Annotated[Any, AfterValidator(_stop_list), Field(default_factory=list)]
+    stop: Annotated[Any, AfterValidator(_stop_list), WithJsonSchema(STOPS), Field(default_factory=list)]
     frequency_penalty: Annotated[float, between(-2, 2)] | None = None
     presence_penalty: Annotated[float, between(-2, 2)] | None = None
-    logit_bias: Annotated[Any, AfterValidator(_bias_table), Field(default_factory=dict)]
+    logit_bias: Annotated[Any, AfterValidator(_bias_table), WithJsonSchema(BIASES), Field(default_factory=dict)]
     user: Annotated[Text | None, Field(description="an identifier; never changes an answer")] = None
     grammar: Text | None = None
     structured_outputs: StructuredOutputs | None = None
