@@ -33,6 +33,7 @@ def serve(artifacts: Sequence[str | Path], settings: ServeSettings) -> None:
     """
     need("serve", "uvicorn")
     need("serve", "fastapi")
+    need("serve", "llguidance")
     from llmlite.serve.logs import logging_to
     from llmlite.serve.process import Server, bind, tls_context, url_of
     from llmlite.serve.upstream.front import front, is_front
