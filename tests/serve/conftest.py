@@ -27,6 +27,7 @@ class Running:
 
     url: str
     models: Models
+    running: set[str]
 
     @property
     def engine(self):
@@ -77,7 +78,7 @@ def running(engine, manifest=None, keys=None, **settings):
     listener = bind(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    server_up = Running(url_of(settings, listener), app.state.models)
+    server_up = Running(url_of(settings, listener), app.state.models, app.state.running)
     try:
         assert server_up.wait(lambda: server.started)
         yield server_up
