@@ -68,7 +68,20 @@ def test_allowed(settings):
 def test_from_the_command_line():
     parser = Parser(prog="x")
     add_options(parser, ServeSettings)
-    words = "--also a=b c=d=e --lora l=f --kv q8_0:q4_0 --cache-ram 2GiB --rope-scaling yarn --exact --cors *".split()
+    words = [
+        "--also",
+        "a=b",
+        "c=d=e",
+        "--lora",
+        "l=f",
+        "--kv",
+        "q8_0:q4_0",
+        "--cache-ram",
+        "2GiB",
+        "--exact",
+        "--cors",
+        "*",
+    ]
     settings = settings_from(ServeSettings, parser.parse_args(words), None)
     assert settings.other_models == [("a", "b"), ("c", "d=e")]
     assert settings.adapters == [("l", Path("f"))]
