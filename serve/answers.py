@@ -6,7 +6,7 @@ import codecs
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from llmlite.serve.engines.base import Engine
@@ -227,21 +227,27 @@ async def whole(answer: Answer, inbox: Inbox) -> dict[str, Any]:
     return answer.complete(deltas)
 
 
+async def chunks(answer: Answer, inbox: Inbox, item: tuple[int, Delta] | None) -> AsyncGenerator[dict[str, Any]]:
+    """The streamed objects, from the first delta (already taken from the inbox) to the usage. Raises `Failed`."""
+    for choice in answer.opening():
+        yield answer.chunk([choice])
+    while item is not None:
+        answer.note(*item)
+        for choice in answer.pieces(*item):
+            yield answer.chunk([choice])
+        item = await inbox.next()
+    if answer.include_usage:
+        yield answer.chunk([], answer.usage())
+
+
 async def stream(answer: Answer, inbox: Inbox, item: tuple[int, Delta] | None) -> AsyncIterator[str]:
     """Server-sent events, from the first delta (already taken from the inbox) to [DONE].
 
     A failure on the way is sent as an error object; the stream then ends without [DONE].
     """
     try:
-        for choice in answer.opening():
-            yield _event(answer.chunk([choice]))
-        while item is not None:
-            answer.note(*item)
-            for choice in answer.pieces(*item):
-                yield _event(answer.chunk([choice]))
-            item = await inbox.next()
-        if answer.include_usage:
-            yield _event(answer.chunk([], answer.usage()))
+        async for chunk in chunks(answer, inbox, item):
+            yield _event(chunk)
         yield "data: [DONE]\n\n"
     except Failed as failure:
         yield _event(as_api_error(failure.error).body())

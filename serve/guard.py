@@ -74,7 +74,8 @@ class Guard:
         self._log_prompts = settings.log_prompts
         self._max_body = settings.max_body
         self._max_text = settings.max_text
-        self._names = LOOPBACK_NAMES | {settings.host} if settings.loopback and not keys else None
+        local = settings.loopback and not keys and not settings.insecure
+        self._names = LOOPBACK_NAMES | {settings.host} if local else None
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,7 +85,7 @@ class Guard:
         try:
             caller = self._admit(scope)
         except ApiError as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         try:
             await self._serve(scope, receive, send)
@@ -98,8 +99,8 @@ class Guard:
         headers = Headers(scope=scope)
         if self._names is not None and _host(headers.get("host", "")) not in self._names:
             message = (
-                "the Host header names another machine; use localhost or 127.0.0.1, or serve with --api-key-file, "
-                "which allows any name"
+                "the Host header names another machine: use localhost or 127.0.0.1, or serve with --api-key-file "
+                "(or --insecure), which allows any name"
             )
             raise ApiError(403, message, code="host_not_allowed")
         caller = self._known(scope, headers)
@@ -136,7 +137,7 @@ class Guard:
                 return  # the client is gone
             check_body(body, self._max_text)
         except ApiError as refusal:
-            await refusal.response()(scope, receive, send)
+            await refusal.response(scope["path"])(scope, receive, send)
             return
         if self._log_prompts:
             log_body(exchange_of(scope), body)

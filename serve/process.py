@@ -20,6 +20,7 @@ from llmlite.serve.connection import connections
 from llmlite.serve.keys import Keyring
 from llmlite.serve.models import Models
 from llmlite.serve.settings import ServeSettings
+from llmlite.serve.upstream.pool import Pool
 
 log = logging.getLogger("llmlite.serve")
 
@@ -36,7 +37,8 @@ class Server(uvicorn.Server):
     ``ready`` makes the line to print when the port is open.
     """
 
-    def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[], str] | None = None) -> None:
+    def __init__(self, app: FastAPI, ready: Callable[[], str] | None = None) -> None:
+        settings: ServeSettings = app.state.settings
         config = uvicorn.Config(
             app, log_config=None, access_log=False, http=connections(settings.max_connections), ws="none",
             lifespan="on", proxy_headers=False, server_header=False, timeout_keep_alive=KEEP_ALIVE,
@@ -47,7 +49,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._settings = settings
         self._ready = ready
-        self._models: Models = app.state.models
+        self._models: Models | Pool = app.state.models
         self._keys: Keyring = app.state.keys
         self._running: set[str] = app.state.running
 
