@@ -13,13 +13,15 @@ from llmlite.serve import errors
 from llmlite.serve.guard import Guard, Record
 from llmlite.serve.keys import Keyring
 from llmlite.serve.models import Models, ModelSpec
-from llmlite.serve.routes import chat, completions, messages, models, responses, status, upstream
+from llmlite.serve.routes import chat, completions, messages, models, responses, status, upstream, web
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.sizes import check_sizes
 from llmlite.serve.upstream.pool import Pool
 
-ROUTERS = (status.router, models.router, chat.router, completions.router, responses.router, messages.router)
-FRONT_ROUTERS = (upstream.router,)
+ROUTERS = (
+    status.router, models.router, chat.router, completions.router, responses.router, messages.router, web.router,
+)  # fmt: skip
+FRONT_ROUTERS = (upstream.router, web.router)
 
 
 def create_app(specs: Sequence[ModelSpec], settings: ServeSettings, keys: Keyring | None = None) -> FastAPI:

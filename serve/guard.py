@@ -13,11 +13,12 @@ from llmlite.serve.exchange import Exchange, exchange_of
 from llmlite.serve.keys import Keyring
 from llmlite.serve.limits import Caller
 from llmlite.serve.logs import log_body, log_exchange
+from llmlite.serve.routes import web
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.sizes import check_body
 
-OPEN = frozenset({"/health", "/ready"})
-"""Paths that need no key: they tell load balancers whether to send requests here and nothing else."""
+OPEN = frozenset({"/health", "/ready"}) | web.PATHS
+"""Paths that need no key: what load balancers ask, and the chat page, which asks its user for one."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 

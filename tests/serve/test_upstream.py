@@ -16,7 +16,7 @@ from llmlite.errors import InputError
 from llmlite.serve.app import create_front
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.upstream.pool import Pool, base_url
-from tests.serve.conftest import error_of, running, serving
+from tests.serve.conftest import KEY, error_of, key_file, running, serving
 from tests.serve.raw_upstream import raw_upstream, reply, stream
 from tests.serve.scripted_engine import ScriptedEngine
 
@@ -137,16 +137,15 @@ def test_model_objects_keep_what_lies_on_the_other_disk_to_themselves(over_raw):
 
 
 def test_keys_of_clients_stay_here_and_the_upstreams_is_sent(raw, tmp_path):
-    (tmp_path / "ours").write_text("client-key\n")
     (tmp_path / "theirs").write_text("upstream-key\n")
-    with fronting(raw.url, api_key_file=tmp_path / "ours", upstream_key_file=tmp_path / "theirs") as server:
+    with fronting(raw.url, api_key_file=key_file(tmp_path / "ours"), upstream_key_file=tmp_path / "theirs") as server:
         error_of(server.post(CHAT, HELLO), 401)
-        headers = {"Authorization": "Bearer client-key", "Cookie": "a=b", "X-Secret": "c"}
+        headers = {"Authorization": f"Bearer {KEY}", "Cookie": "a=b", "X-Secret": "c"}
         assert server.post(CHAT, HELLO, headers=headers).status_code == 200
     ((_, sent, _),) = raw.requests
     assert sent["Authorization"] == "Bearer upstream-key"
     assert not {"cookie", "x-secret"} & {name.lower() for name in sent}
-    assert "client-key" not in str(sent)
+    assert KEY not in str(sent)
 
 
 def test_what_was_checked_is_what_is_sent(over_raw, raw):
