@@ -19,7 +19,7 @@ from llmlite.serve.sizes import check_sizes
 from llmlite.serve.upstream.pool import Pool
 
 ROUTERS = (
-    status.router, models.router, chat.router, completions.router, responses.router, messages.router, web.router,
+    status.router, models.router, chat.router, completions.router, responses.router, messages.router, web.router
 )  # fmt: skip
 FRONT_ROUTERS = (upstream.router, web.router)
 
@@ -28,40 +28,38 @@ def create_app(specs: Sequence[ModelSpec], settings: ServeSettings, keys: Keyrin
     """The server around some models, each of which runs on an engine thread of its own.
 
     The first model is loaded when the app starts, the others when they are first asked for. ``keys`` stand in for
-    the file of the settings. ``state`` has the ``models``, ``settings``, ``keys`` and ``running``, the ids of the
-    requests that run. Raises `InputError` for an API key file that can't be used.
+    the file of the settings. ``state`` has ``models``, ``keys`` and ``running``, the ids of the requests that run.
+    Raises `InputError` for an API key file that can't be used.
     """
     return _app(Models(specs, settings), ROUTERS, settings, keys)
 
 
-def create_front(pool: Pool, settings: ServeSettings) -> FastAPI:
-    """The same server in front of others, which ``state.models`` has; raises as `create_app`."""
-    return _app(pool, FRONT_ROUTERS, settings, None)
+def create_front(pool: Pool, settings: ServeSettings, keys: Keyring | None = None) -> FastAPI:
+    """The same server in front of others: ``state.models`` is the pool. Raises as `create_app`."""
+    return _app(pool, FRONT_ROUTERS, settings, keys)
 
 
 def _app(served: Models | Pool, routers: Sequence[APIRouter], settings: ServeSettings, keys: Keyring | None) -> FastAPI:
+    if keys is None:
+        keys = Keyring([]) if settings.api_key_file is None else Keyring.read(settings.api_key_file)
+    running: set[str] = set()
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await served.start()
         yield
         await served.close()
 
-    if keys is None:
-        keys = Keyring([]) if settings.api_key_file is None else Keyring.read(settings.api_key_file)
-    running: set[str] = set()
     checks = [Depends(check_sizes)]
     app = FastAPI(title="llmlite", version=llmlite.__version__, lifespan=lifespan, dependencies=checks)
-    app.state.models, app.state.settings, app.state.keys, app.state.running = served, settings, keys, running
+    app.state.models, app.state.keys, app.state.running = served, keys, running
     # The last one added is the outermost: what it sees is logged, and a browser's preflight has no key.
     app.add_middleware(Guard, settings=settings, keys=keys, draining=lambda: served.draining)
     if settings.cors:
         app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
+            CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],
             expose_headers=["Retry-After", "X-Request-ID"],
-        )
+        )  # fmt: skip
     app.add_middleware(Record, running=running)
     errors.install(app)
     for router in routers:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import uuid
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import Request
 from starlette.types import Scope
@@ -35,19 +34,6 @@ class Exchange:
     def generated(self, sequence: int, tokens: int) -> None:
         """Note that a sequence has so many tokens by now."""
         self._generated[sequence] = tokens
-
-    def told(self, answer: dict[str, Any]) -> None:
-        """Note what another server's answer, or an event of its stream, says of tokens; without a word a piece is one.
-
-        How long the prompt is, a stream tells only a client that asks for its usage.
-        """
-        usage = answer.get("usage")
-        if isinstance(usage, dict) and isinstance(usage.get("prompt_tokens"), int):
-            self.prompt_tokens = usage["prompt_tokens"]
-            told = usage.get("completion_tokens")
-            self._generated = {0: told if isinstance(told, int) else 0}
-        elif answer.get("choices"):
-            self._generated[0] = self._generated.get(0, 0) + 1
 
 
 def exchange_of(request: Request | Scope) -> Exchange:

@@ -37,8 +37,7 @@ class Server(uvicorn.Server):
     ``ready`` makes the line to print when the port is open.
     """
 
-    def __init__(self, app: FastAPI, ready: Callable[[], str] | None = None) -> None:
-        settings: ServeSettings = app.state.settings
+    def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[], str] | None = None) -> None:
         config = uvicorn.Config(
             app, log_config=None, access_log=False, http=connections(settings.max_connections), ws="none",
             lifespan="on", proxy_headers=False, server_header=False, timeout_keep_alive=KEEP_ALIVE,

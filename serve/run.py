@@ -29,7 +29,7 @@ def serve(artifacts: Sequence[str | Path], settings: ServeSettings) -> None:
 
     What runs then is finished, what waits is refused with 503; a second SIGINT ends at once. The port is taken (not
     opened) before the weights are loaded, and opened after: a port in use is an `OutsideError` at once, a broken
-    artifact or certificate an `InputError` before anyone could connect.
+    artifact an `InputError` before anyone could connect.
     """
     need("serve", "uvicorn")
     need("serve", "fastapi")
@@ -37,28 +37,29 @@ def serve(artifacts: Sequence[str | Path], settings: ServeSettings) -> None:
     from llmlite.serve.process import Server, bind, tls_context, url_of
     from llmlite.serve.upstream.front import front, is_front
 
-    tls_context(settings)
+    tls_context(settings)  # refused before the weights are loaded, which takes longer
     with logging_to(level=settings.log_level), bind(settings) as listener, ExitStack() as stack:
         if is_front(artifacts, settings):
             if settings.also or settings.lora:
-                raise InputError("also and lora: belong to an artifact; what runs elsewhere has its own")
-            app, described = stack.enter_context(front(artifacts, settings))
+                raise InputError("also and lora: are for an artifact in this process; a server elsewhere has its own")
+            app, about = stack.enter_context(front(artifacts, settings))
         else:
-            app, described = local(artifacts, settings)
+            app, about = local(artifacts, settings)
         _warn_of_open_doors(settings)
-        Server(app, ready=lambda: f"{described()}, at {url_of(settings, listener)}/v1").run(sockets=[listener])
+        ready = lambda: f"{about()}, at {url_of(settings, listener)}/v1"  # noqa: E731
+        Server(app, settings, ready).run(sockets=[listener])
 
 
 def local(artifacts: Sequence[str | Path], settings: ServeSettings) -> tuple[FastAPI, Callable[[], str]]:
-    """The app around an engine in this process, and what is said of it when it is ready."""
+    """The app around engines in this process, and what is said of it when it is ready."""
     from llmlite.serve.app import create_app
 
     if len(artifacts) > 1:
-        raise InputError(f"{artifacts[1]}: another model is named with --also; only of URLs there can be several here")
+        raise InputError(f"{artifacts[1]}: is a second artifact; give more models by --also NAME=ARTIFACT")
     specs, first = model_specs(artifacts[0], settings)
     engine = first.engine
-    described = f"{specs[0].name} on {engine.name} ({engine.version}), context {engine.context:,} tokens"
-    return create_app(specs, settings), lambda: described
+    about = f"{specs[0].name} on {engine.name} ({engine.version}), context {engine.context:,} tokens"
+    return create_app(specs, settings), lambda: about
 
 
 def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[ModelSpec], Opened]:
@@ -90,7 +91,9 @@ def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[Mod
     specs += [ModelSpec(name, partial(open_artifact, place, theirs)) for name, place in settings.other_models]
     names = [name for spec in specs for name in (spec.name, *spec.adapters)]
     if len(set(names)) < len(names):  # names that were given differ: this is the one that the artifact brought
-        raise InputError(f"{specs[0].name!r} names two models or adapters: give the first model another with --name")
+        raise InputError(
+            f"{specs[0].name!r} names two models or adapters: give the first model another name with --name"
+        )
     return specs, first
 
 

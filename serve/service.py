@@ -13,7 +13,7 @@ from llmlite.serve.engines import Opened
 from llmlite.serve.errors import ApiError
 from llmlite.serve.generation import Work
 from llmlite.serve.sampling import Sampling
-from llmlite.serve.scheduler import Scheduler
+from llmlite.serve.scheduler import Scheduler, SchedulerSettings
 from llmlite.serve.schema import Generating
 from llmlite.serve.settings import ServeSettings
 
@@ -28,7 +28,15 @@ class Service:
         self.engine = opened.engine
         self.name = spec.name
         self.manifest = opened.manifest or {}
-        self.scheduler = Scheduler(self.engine, settings.max_queue)
+        self.scheduler = Scheduler(
+            self.engine,
+            SchedulerSettings(
+                max_queue=settings.max_queue,
+                exact=settings.exact,
+                lookup=settings.draft == "lookup",
+                timeout=settings.request_timeout,
+            ),
+        )
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         engine = self.engine
         identity = "\n".join([spec.name, engine.name, engine.version, llmlite.__version__, repr(self.manifest)])

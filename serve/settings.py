@@ -53,7 +53,7 @@ class ServeSettings:
     cells: int | None = field(
         default=None, metadata={"help": "tokens that all contexts have room for (default: context times parallel)"}
     )
-    parallel: int = field(default=1, metadata={"help": "sequences that run side by side"})
+    parallel: int = field(default=4, metadata={"help": "sequences that run side by side"})
     threads: int | None = field(default=None, metadata={"help": "CPU threads (default: all that may be used)"})
     exact: bool = field(
         default=False,
@@ -64,9 +64,7 @@ class ServeSettings:
         metadata={"help": "speculative decoding: a smaller artifact of the same vocabulary, lookup or off"},
     )
 
-    cache_ram: str | None = field(
-        default=None, metadata={"help": "memory for prefixes that left the cells, as in 2GiB (default: none)"}
-    )
+    cache_ram: str = field(default="2GiB", metadata={"help": "host memory for prefixes that left their slot"})
     cache_dir: Path | None = field(
         default=None, metadata={"help": "folder in which prefixes outlive a restart (default: none)"}
     )
@@ -125,7 +123,7 @@ class ServeSettings:
         for name in ("context", "cells", "parallel", "threads", "max_queue", "max_body", "max_text", "max_connections"):
             if (count := vars(self)[name]) is not None and count < 1:
                 raise InputError(f"{name} {count}: must be at least 1")
-        for name in ("idle_unload", "request_timeout", "upstream_timeout", "rope_scale"):
+        for name in ("idle_unload", "request_timeout", "rope_scale", "upstream_timeout"):
             if (value := vars(self)[name]) is not None and not 0 < value < float("inf"):
                 raise InputError(f"{name} {value}: must be more than 0")
         if not 0 <= self.drain_seconds < float("inf"):
@@ -133,18 +131,6 @@ class ServeSettings:
         self._check_doors()
         self._check_models()
         self._check_cache()
-
-    def upstream_key(self) -> str | None:
-        """The key in ``upstream_key_file``; None without one. Raises `InputError` unless it is one line."""
-        if self.upstream_key_file is None:
-            return None
-        try:
-            lines = self.upstream_key_file.read_text("ascii").split()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.upstream_key_file}: can't be read as a file with an API key ({error})") from None
-        if len(lines) != 1:
-            raise InputError(f"{self.upstream_key_file}: must hold one API key and nothing else")
-        return lines[0]
 
     def _check_doors(self) -> None:
         if not (self.loopback or self.insecure or self.api_key_file):
@@ -179,6 +165,18 @@ class ServeSettings:
         if self.cache_dir is not None and self.cache_dir.exists() and not self.cache_dir.is_dir():
             raise InputError(f"cache_dir {self.cache_dir}: is no folder")
 
+    def upstream_key(self) -> str | None:
+        """The key in ``upstream_key_file``; None without one. Raises `InputError` unless it is one line."""
+        if self.upstream_key_file is None:
+            return None
+        try:
+            lines = self.upstream_key_file.read_text("ascii").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.upstream_key_file}: can't be read as a file with an API key ({error})") from None
+        if len(lines) != 1:
+            raise InputError(f"{self.upstream_key_file}: must hold one API key and nothing else")
+        return lines[0]
+
     @property
     def loopback(self) -> bool:
         """Only this machine reaches the address."""
@@ -193,8 +191,8 @@ class ServeSettings:
 
     @property
     def cache_ram_bytes(self) -> int:
-        """0: no cache in memory."""
-        return 0 if self.cache_ram is None else _size("cache_ram", self.cache_ram)
+        """Most bytes of prefixes in host memory."""
+        return _size("cache_ram", self.cache_ram)
 
     @property
     def cache_disk_bytes(self) -> int:

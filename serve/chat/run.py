@@ -46,7 +46,7 @@ def local_server(artifact: str, settings: ChatSettings) -> Iterator[tuple[str, s
     key = new_key()
     with logging_to(level="error"), bind(serve) as listener:
         specs, _ = model_specs(artifact, serve)
-        server = Server(create_app(specs, serve, Keyring([StoredKey.of("chat", key, Limits())])))
+        server = Server(create_app(specs, serve, Keyring([StoredKey.of("chat", key, Limits())])), serve)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
         thread.start()
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from llmlite.serve.errors import ApiError, as_api_error
+from llmlite.serve.exchange import Exchange, exchange_of
 from llmlite.serve.inbox import ClientGone
 from llmlite.serve.messages_answer import MessageRetelling
 from llmlite.serve.messages_schema import CountRequest, MessagesRequest
@@ -18,9 +19,10 @@ from llmlite.serve.responses_schema import ResponsesRequest
 from llmlite.serve.retelling import Retelling
 from llmlite.serve.routes.answering import require_json
 from llmlite.serve.schema import ChatRequest, CompletionRequest
-from llmlite.serve.upstream.answer import events, retold, retold_stream, stream, whole
+from llmlite.serve.upstream.answer import events, retold, retold_stream, stream, usage_of, whole
 from llmlite.serve.upstream.pool import Pool
 from llmlite.serve.upstream.relay import Relay, upstream_error
+from llmlite.serve.upstream.sse import Event
 
 KEPT = ("created", "owned_by", "max_model_len", "meta", "llmlite")
 """What is passed on of an upstream's model object; the rest, as paths on its disk, is nobody's concern."""
@@ -38,6 +40,7 @@ def pool_of(request: Request) -> Pool:
 
 
 @router.get("/health")
+@router.get("/ready")
 async def health(request: Request) -> Response:
     """200 while an upstream is well, 503 when none is."""
     pool = pool_of(request)
@@ -116,9 +119,9 @@ async def forward(request: Request) -> Response:
     async with answering(request, body) as relay:
         if not body.get("stream"):
             answer = whole(await relay.whole(), body["model"])
-            relay.exchange.told(answer)
+            note(exchange_of(request), usage_of(answer), 0)
             return JSONResponse(answer)
-        found = events(relay)
+        found = counted(request, relay)
         return streaming(relay, stream(found, await anext(found), body["model"]))
 
 
@@ -126,13 +129,33 @@ async def retell(request: Request, asked: ChatRequest, retelling: Retelling, str
     """Ask the upstream's chat endpoint, and put its answer into the words of another API."""
     body = {**asked.model_dump(exclude_unset=True), "stream": True, "stream_options": {"include_usage": True}}
     async with answering(request, body, CHAT_PATH) as relay:
-        found = events(relay)
+        found = counted(request, relay)
         told = retold(found, await anext(found), retelling)
         if streamed:
             return streaming(relay, retold_stream(told, retelling))
         async for _ in told:
             pass
         return JSONResponse(retelling.result())
+
+
+async def counted(request: Request, relay: Relay) -> AsyncGenerator[Event]:
+    """The events of a stream, their tokens noted for the limits of the caller's key.
+
+    A piece counts as a token until the upstream tells; a prompt whose length it doesn't tell counts as none.
+    """
+    pieces = 0
+    async for event in events(relay):
+        data = event.data or {}
+        pieces += bool(data.get("choices"))
+        note(exchange_of(request), usage_of(data), pieces)
+        yield event
+
+
+def note(exchange: Exchange, usage: dict[str, Any] | None, pieces: int) -> None:
+    """Keep what a request has cost until now."""
+    if usage is not None:
+        exchange.prompt_tokens = usage["prompt_tokens"]
+    exchange.generated(0, pieces if usage is None else usage["completion_tokens"])
 
 
 @asynccontextmanager

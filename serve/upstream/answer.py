@@ -41,7 +41,6 @@ async def events(relay: Relay) -> AsyncGenerator[Event]:
         async for data in relay.body():
             for event in splitter.feed(data):
                 last = last or event.last
-                relay.exchange.told(event.data or {})
                 yield event
     except Malformed as error:
         raise _broken(error) from None
@@ -76,7 +75,7 @@ async def retold(
             usage["total_tokens"] += 1
             for told in retelling.take(choice):
                 yield told
-        usage = _usage(first) or usage
+        usage = usage_of(first.data or {}) or usage
         first = await anext(found, None)
     for told in retelling.closing(usage):
         yield told
@@ -104,8 +103,9 @@ def _choices(event: Event) -> list[dict[str, Any]]:
     return [{**empty, **{key: value for key, value in choice.items() if value is not None}} for choice in choices]
 
 
-def _usage(event: Event) -> dict[str, Any] | None:
-    usage = (event.data or {}).get("usage")
+def usage_of(data: dict[str, Any]) -> dict[str, Any] | None:
+    """The usage object of a chat answer or chunk, where it has a proper one."""
+    usage = data.get("usage")
     counts = ("prompt_tokens", "completion_tokens", "total_tokens")
     return usage if isinstance(usage, dict) and all(isinstance(usage.get(key), int) for key in counts) else None
 

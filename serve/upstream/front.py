@@ -22,6 +22,13 @@ def is_front(artifacts: Sequence[str | Path], settings: ServeSettings) -> bool:
     return settings.engine != "auto" or any(map(_is_url, artifacts))
 
 
+LOCAL = (
+    "also", "idle_unload", "rope_scaling", "rope_scale", "kv", "cells", "threads", "exact", "draft", "cache_ram",
+    "cache_dir", "cache_disk",
+)  # fmt: skip
+"""Settings of engines in this process, which another one would not hear of."""
+
+
 @contextmanager
 def front(artifacts: Sequence[str | Path], settings: ServeSettings) -> Iterator[tuple[FastAPI, Callable[[], str]]]:
     """The app in front of what is named, and what is to be said of it once it has started.
@@ -33,6 +40,11 @@ def front(artifacts: Sequence[str | Path], settings: ServeSettings) -> Iterator[
     from llmlite.serve.upstream.pool import Pool
     from llmlite.serve.upstream.vllm import VllmProcess
 
+    foreign = LOCAL if settings.engine == "vllm" else (*LOCAL, "context", "lora")
+    for name in foreign:
+        if vars(settings)[name] != vars(ServeSettings())[name]:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option}: is for an engine in this process; set it where the model runs")
     urls = [str(artifact) for artifact in artifacts if _is_url(artifact)]
     if settings.engine != "vllm":
         for other in artifacts:

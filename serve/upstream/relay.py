@@ -12,7 +12,6 @@ import httpx
 from fastapi import Request
 
 from llmlite.serve.errors import ApiError
-from llmlite.serve.exchange import exchange_of
 from llmlite.serve.inbox import ClientGone
 from llmlite.serve.upstream.pool import NOT_SENT, Pool, Upstream
 from llmlite.serve.upstream.sse import Malformed, parse_object
@@ -36,7 +35,6 @@ class Relay:
         self._body = body
         self._items: asyncio.Queue[httpx.Response | bytes | Exception | None] = asyncio.Queue(AHEAD)
         self.kept = False
-        self.exchange = exchange_of(request)
         self._ended = False
         self._task = asyncio.create_task(self._run())
         self._watch = asyncio.create_task(self._watch_connection(request))

@@ -126,6 +126,8 @@ def flags(name: str, settings: ServeSettings) -> list[str]:
     given = ["--served-model-name", name]
     if settings.context is not None:
         given += ["--max-model-len", str(settings.context)]
-    if settings.parallel > 1:
+    if settings.parallel != ServeSettings.parallel:  # the default suits an engine in this process; vLLM has its own
         given += ["--max-num-seqs", str(settings.parallel)]
+    if settings.adapters:
+        given += ["--enable-lora", "--lora-modules", *(f"{adapter}={file}" for adapter, file in settings.adapters)]
     return given

@@ -72,21 +72,21 @@ class Running:
 
 
 @contextmanager
-def running(engine, manifest=None, port=0, keys=None, **settings):
+def running(engine, manifest=None, keys=None, **settings):
+    settings = ServeSettings(**{"port": 0, "drain_seconds": 2.0, **settings})
     spec = ModelSpec("model", lambda: Opened(engine, "model", manifest))
-    settings = ServeSettings(port=port, **{"drain_seconds": 2.0, **settings})
-    with serving(create_app([spec], settings, keys), port) as server:
+    with serving(create_app([spec], settings, keys), settings) as server:
         yield server
 
 
 @contextmanager
-def serving(app, port=0):
+def serving(app, settings):
     """The app on a port of loopback until the block ends."""
-    server = Server(app)
-    listener = bind(ServeSettings(port=port))
+    server = Server(app, settings)
+    listener = bind(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    server_up = Running(url_of(app.state.settings, listener), app.state.models, app.state.running)
+    server_up = Running(url_of(settings, listener), app.state.models, app.state.running)
     try:
         assert server_up.wait(lambda: server.started)
         yield server_up

@@ -18,4 +18,4 @@ if __name__ == "__main__":
     settings = ServeSettings(port=0, **{**given, **paths})
     with logging_to(level=settings.log_level), bind(settings) as listener:
         app = create_app([ModelSpec("model", lambda: Opened(ScriptedEngine(), "model", None))], settings)
-        Server(app, ready=lambda: url_of(settings, listener)).run(sockets=[listener])
+        Server(app, settings, ready=lambda: url_of(settings, listener)).run(sockets=[listener])

@@ -238,7 +238,7 @@ def test_a_failing_request_is_500_and_the_next_one_works(server):
 def test_a_failure_in_the_middle_of_a_stream_is_an_event():
     engine = ScriptedEngine()
     step = engine.step
-    engine.step = lambda sequences, tokens: 1 / 0 if len(engine.calls) > 4 else step(sequences, tokens)
+    engine.step = lambda pieces: 1 / 0 if len(engine.calls) > 4 else step(pieces)
     with running(engine) as server:
         events = server.events(PLAIN, {"prompt": "say:abcdefgh"})
         assert set(events[-1]) == {"error"}

@@ -14,13 +14,16 @@ import pytest
 
 from llmlite.errors import InputError
 from llmlite.serve.app import create_front
+from llmlite.serve.keys import StoredKey, add_key
+from llmlite.serve.limits import Limits
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.upstream.pool import Pool, base_url
-from tests.serve.conftest import KEY, error_of, key_file, running, serving
+from tests.serve.conftest import error_of, running, serving
 from tests.serve.raw_upstream import raw_upstream, reply, stream
 from tests.serve.scripted_engine import ScriptedEngine
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+CLIENT_KEY = "client-key-0123456789abcdef0123456789"
 HELLO = {"messages": [{"role": "user", "content": "say:hello"}]}
 CHUNK = b'data: {"model":"model","choices":[{"index":0,"delta":{"content":"a"}}]}\n\n'
 DONE = b"data: [DONE]\n\n"
@@ -28,8 +31,8 @@ DONE = b"data: [DONE]\n\n"
 
 @contextmanager
 def fronting(*urls, **settings):
-    made = ServeSettings(**settings)
-    with serving(create_front(Pool(urls, made), made)) as server:
+    made = ServeSettings(**{"port": 0, "drain_seconds": 2.0, **settings})
+    with serving(create_front(Pool(urls, made), made), made) as server:
         yield server
 
 
@@ -137,15 +140,16 @@ def test_model_objects_keep_what_lies_on_the_other_disk_to_themselves(over_raw):
 
 
 def test_keys_of_clients_stay_here_and_the_upstreams_is_sent(raw, tmp_path):
+    add_key(tmp_path / "ours", StoredKey.of("client", CLIENT_KEY, Limits()))
     (tmp_path / "theirs").write_text("upstream-key\n")
-    with fronting(raw.url, api_key_file=key_file(tmp_path / "ours"), upstream_key_file=tmp_path / "theirs") as server:
+    with fronting(raw.url, api_key_file=tmp_path / "ours", upstream_key_file=tmp_path / "theirs") as server:
         error_of(server.post(CHAT, HELLO), 401)
-        headers = {"Authorization": f"Bearer {KEY}", "Cookie": "a=b", "X-Secret": "c"}
+        headers = {"Authorization": f"Bearer {CLIENT_KEY}", "Cookie": "a=b", "X-Secret": "c"}
         assert server.post(CHAT, HELLO, headers=headers).status_code == 200
     ((_, sent, _),) = raw.requests
     assert sent["Authorization"] == "Bearer upstream-key"
     assert not {"cookie", "x-secret"} & {name.lower() for name in sent}
-    assert KEY not in str(sent)
+    assert CLIENT_KEY not in str(sent)
 
 
 def test_what_was_checked_is_what_is_sent(over_raw, raw):
@@ -389,7 +393,7 @@ def test_only_an_upstream_that_has_the_model_is_asked(raw):
 
 def test_more_than_may_wait_is_refused(raw):
     raw.answer = raw.silent
-    with fronting(raw.url, max_queue=1, upstream_timeout=3) as server:
+    with fronting(raw.url, parallel=1, max_queue=1, upstream_timeout=3) as server:
         threads = [threading.Thread(target=server.post, args=(CHAT, HELLO)) for _ in range(2)]
         for thread in threads:
             thread.start()
@@ -405,6 +409,15 @@ def test_draining_refuses_what_is_new(behind):
     with fronting(behind.url) as server:
         server.models.drain()
         error_of(server.post(CHAT, HELLO), 503, code="shutting_down")
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_tokens_count_against_the_keys_limit(behind, tmp_path, streamed):
+    add_key(tmp_path / "keys", StoredKey.of("client", CLIENT_KEY, Limits(tokens_per_minute=5)))
+    with fronting(behind.url, api_key_file=tmp_path / "keys") as server:
+        headers = {"Authorization": f"Bearer {CLIENT_KEY}"}
+        assert server.post(CHAT, {**HELLO, "stream": streamed}, headers=headers).status_code == 200
+        error_of(server.post(CHAT, HELLO, headers=headers), 429)
 
 
 # What is said on the command line
