@@ -49,12 +49,15 @@ class Record:
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", exchange.id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.id.encode())]
             await send(message)
 
         self._running.add(exchange.id)
         try:
             await self._app(scope, receive, noted)
+        except Exception:
+            exchange.status = exchange.status or 500  # answered further out, where this can't see it
+            raise
         finally:
             self._running.remove(exchange.id)
             log_exchange(exchange)

@@ -117,7 +117,7 @@ def test_keys_are_read_again_on_sighup(tmp_path):
         assert (status(GOOD), status(OTHER)) == (200, 401)
         file.write_text("not a key file\n")
         server.signal(signal.SIGHUP)
-        assert "line 1" in server.logged("the old API keys stay")
+        assert "line 1" in server.logged("API keys: the old stay")
         assert (status(GOOD), status(OTHER)) == (200, 401)
         file.write_text(f"{StoredKey.of('b', OTHER, Limits())}\n")
         server.signal(signal.SIGHUP)
@@ -161,11 +161,11 @@ def test_tls_and_its_certificate_read_again(tmp_path):
             httpx.get(server.url.replace("https", "http") + "/health")
         os.replace(new_cert, cert)  # no longer the certificate of this key
         server.signal(signal.SIGHUP)
-        server.logged("the old TLS certificate stay")
+        server.logged("TLS certificate: the old stay")
         assert status(old) == 200
         os.replace(new_key, key)
         server.signal(signal.SIGHUP)
-        server.logged("read again")
+        server.logged("TLS certificate: read again")
         assert status(cert) == 200
         with pytest.raises(httpx.ConnectError):
             status(old)
