@@ -119,7 +119,7 @@ def test_what_is_no_server(server):
 
 
 def test_an_artifact_is_served_in_process_and_to_nobody_else(monkeypatch, tmp_path):
-    engine = ScriptedEngine()
+    engine, before = ScriptedEngine(), set(threading.enumerate())
     monkeypatch.setattr("llmlite.serve.engines.open_artifact", lambda *_: Opened(engine, "tiny", None))
     with local_server(str(tmp_path), ChatSettings()) as (url, key):
         with pytest.raises(Refused, match="API key"):
@@ -127,7 +127,8 @@ def test_an_artifact_is_served_in_process_and_to_nobody_else(monkeypatch, tmp_pa
         client = Client(url, key)
         assert [card["id"] for card in client.models()] == ["tiny"]
         client.close()
-    assert not [thread.name for thread in threading.enumerate() if thread.name in ("server", "engine")]
+    assert not {thread.name for thread in set(threading.enumerate()) - before} & {"server", "engine", "log"}
+    assert engine.closed
 
 
 def test_a_model_can_t_steer_the_terminal():

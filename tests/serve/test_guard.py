@@ -7,7 +7,7 @@ import time
 import httpx
 import pytest
 
-from llmlite.serve import connection, guard
+from llmlite.serve import connection, guard, process
 from llmlite.serve.keys import Keyring, StoredKey
 from llmlite.serve.limits import Limits
 from llmlite.serve.sizes import MAX_DEPTH, MAX_MESSAGES, MAX_PARTS, MAX_SCHEMA, check_body
@@ -197,22 +197,26 @@ def test_headers_that_never_end(monkeypatch):
         assert server.complete("slow say:" + "x" * 15).status_code == 200, "an answer may take longer"
 
 
+class Narrow(connection.Connection):
+    """A connection with so little room in the system's buffer that a slow reader is noticed soon."""
+
+    def connection_made(self, transport):
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        super().connection_made(transport)
+
+
 def test_an_answer_that_nobody_reads(monkeypatch):
     monkeypatch.setattr(connection, "UNREAD_SECONDS", 0.3)
-    engine = ScriptedEngine(context=4096)
-    with running(engine) as server:
-        body = {"model": "model", "prompt": "say:" + "x" * 2000, "max_tokens": 2000, "stream": True, "logprobs": 20}
+    monkeypatch.setattr(process, "connections", lambda most: type("Connection", (Narrow,), {"most": most}))
+    with running(ScriptedEngine()) as server, socket.socket() as raw:
+        body = {"model": "model", "prompt": "say:" + "x" * 600, "max_tokens": 600, "stream": True, "logprobs": 20}
         data = json.dumps(body).encode()
-        raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, port = server.url.removeprefix("http://").split(":")
         raw.connect((host, int(port)))
         raw.sendall(head(len(data)) + data)
         assert server.wait(lambda: len(server.running) == 1)
-        assert server.wait(lambda: not server.running, seconds=30), (
-            "it would be held open for as long as the client likes"
-        )
-        raw.close()
+        assert server.wait(lambda: not server.running, seconds=30), "held open for as long as the client likes"
 
 
 def test_more_connections_than_there_may_be():
@@ -228,19 +232,26 @@ def test_more_connections_than_there_may_be():
         finally:
             first.close()
             second.close()
-        assert server.wait(lambda: server.complete("say:a").status_code == 200)
+
+        def let_in():
+            try:
+                return server.complete("say:a").status_code == 200
+            except httpx.TransportError:  # the refusal came before the request was written
+                return False
+
+        assert server.wait(let_in)
 
 
 @pytest.mark.parametrize(
     "data",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\x00" * 50,
-        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET / HTTP/x\r\n\r\n",
         b"GET  /  HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
         b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nx: " + b"a" * 20_000,
     ],
 )
 def test_what_is_no_http_gets_an_error_object(server, data):

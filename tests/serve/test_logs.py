@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
@@ -90,16 +91,18 @@ def test_no_path_makes_a_line_of_its_own(path, shown):
 def test_a_log_that_nobody_reads_stops_nothing(monkeypatch):
     monkeypatch.setattr(logs, "PATIENCE", 0.2)
     read, write = os.pipe()
-    with os.fdopen(write, "w") as stream:
-        writer = Writer(stream, room=5)
-        record = logging.LogRecord("a", logging.INFO, "", 0, "x" * 100_000, None, None)
-        begun = time.monotonic()
-        for _ in range(50):
-            writer.emit(record)
-        writer.close()
-        assert time.monotonic() - begun < 5
-        assert writer.dropped >= 40
-        os.close(read)  # lets the thread, which writes to the pipe, go on
+    stream = os.fdopen(write, "w")
+    writer = Writer(stream, room=5)
+    record = logging.LogRecord("a", logging.INFO, "", 0, "x" * 100_000, None, None)
+    begun = time.monotonic()
+    for _ in range(50):
+        writer.emit(record)
+    writer.close()
+    assert time.monotonic() - begun < 5
+    assert writer.dropped >= 40
+    os.close(read)  # the thread, which waits for the pipe, is let go
+    with suppress(OSError):
+        stream.close()
 
 
 def test_dropped_lines_are_counted():
