@@ -19,7 +19,7 @@ FIRST_TOKEN_SECONDS = 600.0
 
 
 class Refused(Exception):
-    """The server's own words on why it does not answer; the conversation can go on. ``status``: HTTP's, if it had one."""
+    """The server's own words on why it does not answer; the conversation can go on. ``status``: HTTP's, if any."""
 
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
