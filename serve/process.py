@@ -68,9 +68,9 @@ class Server(uvicorn.Server):
         for what, read in (("API keys", self._keys.reload), ("TLS certificate", self._reload_tls)):
             try:
                 read()
+                log.info("%s: read again", what)
             except InputError as error:
-                log.error("the old %s stay in use: %s", what, error)
-        log.info("keys and certificate were read again: %d API keys", len(self._keys))
+                log.error("%s: the old stay in use: %s", what, error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, but an end that was asked for is no death by signal: the exit status is 0."""

@@ -41,6 +41,8 @@ def serve(artifacts: Sequence[str | Path], settings: ServeSettings) -> None:
     tls_context(settings)  # refused before the weights are loaded, which takes longer
     with logging_to(level=settings.log_level), bind(settings) as listener, ExitStack() as stack:
         if is_front(artifacts, settings):
+            if settings.also or settings.lora:
+                raise InputError("also and lora: are for an artifact in this process; a server elsewhere has its own")
             app, about = stack.enter_context(front(artifacts, settings))
         else:
             app, about = local(artifacts, settings)
