@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -11,12 +11,23 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from llmlite.serve.engines.base import NoRoom
 from llmlite.serve.inbox import ClientGone
-from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown
+from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown, TooLate
 from llmlite.serve.schema import BRANCHES
+from llmlite.serve.structured.matcher import GrammarTooHard
+
+UNION_BRANCHES = (*BRANCHES, "<message>", "<function_call>", "<function_call_output>")
 
 log = logging.getLogger("llmlite.serve")
 
+ANTHROPIC_PATH = "/v1/messages"
+"""Where errors have Anthropic's shape."""
+
+ANTHROPIC_TYPES = {
+    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
+    429: "rate_limit_error",
+}  # fmt: skip
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -44,8 +55,16 @@ class ApiError(Exception):
         param = None if self.param is None else _printable(self.param)
         return {"error": {"message": _printable(self.message), "type": kind, "param": param, "code": self.code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """As whoever asks at ``path`` expects it."""
+        told = path == ANTHROPIC_PATH or path.startswith(f"{ANTHROPIC_PATH}/")
+        return JSONResponse(anthropic_body(self) if told else self.body(), self.status, self.headers)
+
+
+def anthropic_body(error: ApiError) -> dict[str, Any]:
+    """Anthropic's error object, which has no room for the field and the code."""
+    kind = ANTHROPIC_TYPES.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.body()["error"]["message"]}}
 
 
 def as_api_error(error: Exception) -> ApiError:
@@ -61,6 +80,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, message, code="engine_dead", headers={"Retry-After": "2"})
         case ShuttingDown():
             return ApiError(503, "the server is shutting down", code="shutting_down")
+        case NoRoom():
+            return ApiError(503, f"this request could not be finished: {error}", code="no_room")
+        case TooLate(seconds=seconds):
+            return ApiError(504, f"the request took longer than the {seconds:g} s it had", code="timeout")
+        case GrammarTooHard():
+            return ApiError(400, f"the grammar could not be followed to its end: {error}", code="grammar_too_hard")
         case ClientGone():
             return ApiError(499, "the client hung up")
         case _:
@@ -72,11 +97,11 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def _api(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+        return error.response(request.url.path)
 
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return _first_problem(error).response()
+        return _first_problem(error).response(request.url.path)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
@@ -85,23 +110,30 @@ def install(app: FastAPI) -> None:
             405: f"{request.url.path} does not take {request.method}",
         }
         message = messages.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return ApiError(error.status_code, message, headers=error.headers).response(request.url.path)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
+        return as_api_error(error).response(request.url.path)
 
 
 def _first_problem(error: RequestValidationError) -> ApiError:
     """The first thing wrong with a request."""
     problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"][1:]]
     if problem["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {problem['ctx']['error']} at character {place[0]}")
+        return ApiError(400, f"the body is not JSON: {problem['ctx']['error']} at character {problem['loc'][1]}")
     if problem["loc"] == ("body",) and "param" not in problem.get("ctx", {}):
         what = "has a field name that is no text" if problem["type"] == "string_unicode" else "must be a JSON object"
         return ApiError(400, f"the body {what}")
-    param = problem.get("ctx", {}).get("param") or _field_path(problem["loc"][1:])
+    return wrong_field(problem, problem["loc"][1:])
+
+
+def wrong_field(
+    problem: Mapping[str, Any], place: tuple[str | int, ...], named: Callable[[str], str] = str
+) -> ApiError:
+    """A problem that pydantic found at ``place`` of a body, as a refusal; ``named``: what the client calls a field."""
+    context = problem.get("ctx", {})
+    param = named(context.get("param") or _field_path((*place, *context.get("field", "").split("."))))
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server does not know this field", param, "unknown_parameter")
     if problem["type"] == "missing":
@@ -113,7 +145,7 @@ def _first_problem(error: RequestValidationError) -> ApiError:
 
 def _field_path(loc: tuple[str | int, ...]) -> str:
     """As in messages.0.content, without the branches of unions, which pydantic puts in."""
-    return ".".join(str(part) for part in loc if part not in BRANCHES)
+    return ".".join(str(part) for part in loc if part != "" and part not in UNION_BRANCHES)
 
 
 def _printable(text: str) -> str:

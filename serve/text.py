@@ -9,7 +9,8 @@ class TextStream:
     """Turns token bytes into text deltas.
 
     Bytes of an incomplete UTF-8 character wait for the rest; text that may yet become a stop string waits until it
-    can't. ``length`` counts the characters decoded so far, ``emitted`` those handed out; both never go back.
+    can't. ``length`` counts the characters decoded so far, ``emitted`` those handed out; both never go back. ``stop``
+    is the stop string that ended it.
     """
 
     def __init__(self, stops: tuple[str, ...]) -> None:
@@ -18,10 +19,15 @@ class TextStream:
         self._held = ""
         self.length = 0
         self.emitted = 0
-        self.stopped = False
+        self.stop: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """A stop string is complete; it and the rest are cut."""
+        return self.stop is not None
 
     def push(self, data: bytes) -> str:
-        """The text that is now certain. Sets ``stopped`` when a stop string is complete; it and the rest are cut."""
+        """The text that is now certain. Nothing of or behind a stop string is."""
         return self._take(self._decoder.decode(data))
 
     def finish(self) -> str:
@@ -39,10 +45,10 @@ class TextStream:
             return ""
         self.length += len(text)
         self._held += text
-        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        found = [(place, stop) for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            out, self._held = self._held[: min(found)], ""
+            place, self.stop = min(found)
+            out, self._held = self._held[:place], ""
         else:
             keep = self._undecided()
             out, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -11,8 +11,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from llmlite.serve.answers import Answer, stream, whole
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.generation import Work
-from llmlite.serve.inbox import Failed, Inbox
+from llmlite.serve.inbox import Failed, Inbox, Watch
+from llmlite.serve.metrics import Metrics
 from llmlite.serve.models import Models, Served
+from llmlite.serve.retelling import Retelling, retold, retold_whole
 from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown
 
 
@@ -27,6 +29,13 @@ def models_of(request: Request) -> Models:
     """The models of the app that a request came to."""
     found = request.app.state.models
     assert isinstance(found, Models)
+    return found
+
+
+def metrics_of(request: Request) -> Metrics:
+    """What the app that a request came to counts."""
+    found = request.app.state.metrics
+    assert isinstance(found, Metrics)
     return found
 
 
@@ -50,16 +59,23 @@ class Using:
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
 
-    async def answer(self, works: list[Work], answer: Answer, streamed: bool) -> Response:
-        """Queue the work. Answer when all is there; streamed, when the first delta is: a failure then has a status."""
+    async def answer(
+        self, works: list[Work], answer: Answer, streamed: bool, retelling: Retelling | None = None
+    ) -> Response:
+        """Queue the work. Answer when all is there; streamed, when the first delta is: a failure then has a status.
+
+        ``retelling``: puts the answer into the words of another API than OpenAI's chat and completions.
+        """
         try:
-            inbox = Inbox(self.served.service.scheduler, works, self._request)
+            watch = Watch(metrics_of(self._request), self.served.service.name)
+            inbox = Inbox(self.served.service.scheduler, works, self._request, watch)
         except (QueueFull, EngineDead, ShuttingDown) as error:
             raise as_api_error(error) from None
         streaming = False
         try:
             if not streamed:
-                return JSONResponse(await whole(answer, inbox))
+                told = whole(answer, inbox) if retelling is None else retold_whole(answer, inbox, retelling)
+                return JSONResponse(await told)
             first = await inbox.next()
             streaming = True
         except Failed as failure:
@@ -71,7 +87,8 @@ class Using:
 
         async def events() -> AsyncIterator[str]:
             async with held:
-                async for event in stream(answer, inbox, first):
+                told = stream(answer, inbox, first) if retelling is None else retold(answer, inbox, first, retelling)
+                async for event in told:
                     yield event
 
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
