@@ -106,13 +106,16 @@ def test_metrics_count_what_was_served():
 
 def test_metrics_say_what_runs_and_what_waits_now():
     engine = ScriptedEngine()
+    step, gate = engine.step, threading.Event()
+    engine.step = lambda *given: step(*given) if gate.wait(30) else None
     with running(engine) as server:
-        long = {"prompt": "slow say:" + "x" * 200, "max_tokens": 200}
+        long = {"prompt": "say:abc"}
         threads = [threading.Thread(target=server.post, args=("/v1/completions", long)) for _ in range(2)]
         for thread in threads:
             thread.start()
         names = ("sequences_running", "sequences_waiting")
         assert server.wait(lambda: [metrics(server)[name, "model"] for name in names] == [1, 1])
+        gate.set()
         for thread in threads:
             thread.join()
 
