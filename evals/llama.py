@@ -61,7 +61,9 @@ class LlamaSettings:
     of the process's own; ``as_trained``: True refuses a sequence longer than the model was trained for; ``kv``:
     what the cache stores; ``dry``: True reads the file's header only and allocates nothing: it tells sizes, and can't
     decode; ``windowed``: True keeps of a layer with a sliding window only the window, as llama.cpp's server does, False
-    every position.
+    every position; ``unified``: True shares all positions among the sequences, False gives each its equal part;
+    ``rope``: "linear" or "yarn" scales positions to a context ``rope_scale`` times longer than trained, None leaves it
+    to the model.
     """
 
     context: int | None = 2048
@@ -74,6 +76,9 @@ class LlamaSettings:
     kv: KvTypes = F16
     dry: bool = False
     windowed: bool = False
+    unified: bool = False
+    rope: str | None = None
+    rope_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,9 @@ class Llama:
         params = self.api.llama_context_default_params()
         trained = self.api.llama_model_n_ctx_train(self.model)
         positions = wanted.context or wanted.sequences * trained
-        if wanted.as_trained and positions > wanted.sequences * trained:
+        each = positions if wanted.unified else positions // wanted.sequences
+        if wanted.as_trained and wanted.rope is None and each > trained:
             self.close()
-            each = positions // wanted.sequences
             raise InputError(f"context {each}: this model was trained for {trained} tokens at most")
         params.n_ctx = positions
         params.n_seq_max = wanted.sequences
@@ -135,6 +140,10 @@ class Llama:
         if wanted.kv == F32:  # flash attention on a CPU computes in float16, whatever is stored
             params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.swa_full = not wanted.windowed
+        params.kv_unified = wanted.unified
+        if wanted.rope is not None:
+            params.rope_scaling_type = int(getattr(self.api, f"LLAMA_ROPE_SCALING_TYPE_{wanted.rope.upper()}"))
+            params.rope_freq_scale = 1 / wanted.rope_scale
         params.n_threads = params.n_threads_batch = wanted.threads or len(os.sched_getaffinity(0))
         _log.clear()
         _sizes.clear()

@@ -43,7 +43,10 @@ def _parser() -> Parser:
     parser = Parser(prog="llmlite", description="Make a language model fit the machine at hand, measure it, serve it.")
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
-    for add in (_add_import, _add_quantize, _add_imatrix, _add_eval, _add_compare, _add_gate, _add_report, _add_serve):
+    for add in (
+        _add_import, _add_quantize, _add_imatrix, _add_eval, _add_compare, _add_gate, _add_report, _add_serve, _add_key,
+        _add_chat,
+    ):  # fmt: skip
         add(verbs)
     return parser
 
@@ -256,6 +259,53 @@ def _serve(given: argparse.Namespace) -> int:
 
     serve(given.artifact, settings_from(ServeSettings, given, given.recipe))
     return 0
+
+
+def _add_key(verbs: Any) -> None:
+    from llmlite.serve.settings import KeySettings
+
+    parser = _verb(verbs, "key", _key, "make an API key for the server, shown once, and keep its hash", KeySettings)
+    parser.add_argument("name", metavar="NAME", help="whose key it is; logs show it")
+    _out(parser, "the key file to add it to, for llmlite serve --api-key-file")
+
+
+def _key(given: argparse.Namespace) -> int:
+    from llmlite.extras import need
+    from llmlite.serve.settings import KeySettings
+
+    settings = settings_from(KeySettings, given, given.recipe)
+    need("serve", "fastapi")
+    from llmlite.serve.keys import StoredKey, add_key, new_key
+    from llmlite.serve.limits import Limits
+
+    key = sys.stdin.readline().strip() if settings.from_stdin else new_key()
+    limits = Limits(settings.requests_per_minute, settings.tokens_per_minute, settings.concurrent)
+    add_key(given.out, StoredKey.of(given.name, key, limits))
+    if not settings.from_stdin:
+        print(key)
+        console.print("shown this once: only its hash was kept", highlight=False)
+    return 0
+
+
+def _add_chat(verbs: Any) -> None:
+    from llmlite.serve.chat.settings import ChatSettings
+
+    text = "talk to an artifact, or to a server, in the terminal"
+    parser = _verb(verbs, "chat", _chat, text, ChatSettings)
+    parser.add_argument(
+        "model", metavar="ARTIFACT_OR_URL", help="an artifact, as for serve, or a server, as in http://127.0.0.1:8000"
+    )
+
+
+def _chat(given: argparse.Namespace) -> int:
+    from llmlite.extras import need
+    from llmlite.serve.chat.settings import ChatSettings
+
+    settings = settings_from(ChatSettings, given, given.recipe)
+    need("serve", "httpx")
+    from llmlite.serve.chat.run import chat
+
+    return chat(given.model, settings)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from llmlite.serve.engines.base import NoRoom
 from llmlite.serve.inbox import ClientGone
-from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown
+from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown, TooLate
 from llmlite.serve.schema import BRANCHES
 
 UNION_BRANCHES = (*BRANCHES, "<message>", "<function_call>", "<function_call_output>")
@@ -78,6 +79,10 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, message, code="engine_dead", headers={"Retry-After": "2"})
         case ShuttingDown():
             return ApiError(503, "the server is shutting down", code="shutting_down")
+        case NoRoom():
+            return ApiError(503, f"this request could not be finished: {error}", code="no_room")
+        case TooLate(seconds=seconds):
+            return ApiError(504, f"the request took longer than the {seconds:g} s it had", code="timeout")
         case ClientGone():
             return ApiError(499, "the client hung up")
         case _:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from fastapi import Request
 
+from llmlite.serve.exchange import exchange_of
 from llmlite.serve.generation import Delta, Work
 from llmlite.serve.scheduler import Scheduler, Sink
 
@@ -68,6 +69,8 @@ class Inbox:
         self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
         self._unfinished = len(works)
         self._tickets = scheduler.submit(works, [self._sink(index) for index in range(len(works))])
+        self._exchange = exchange_of(request)
+        self._exchange.prompt_tokens += sum(len(work.prompt) for work in works if work.choice == 0)
         self._watch = asyncio.create_task(self._watch_connection(request))
 
     async def next(self) -> tuple[int, Delta] | None:
@@ -79,6 +82,7 @@ class Inbox:
             raise Failed(delta)
         self._times.see(index, delta)
         self._unfinished -= delta.finish is not None
+        self._exchange.generated(index, delta.generated)
         return index, delta
 
     def close(self) -> None:

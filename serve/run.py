@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-import signal
-import socket
+import logging
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import TYPE_CHECKING
 
-from llmlite.errors import OutsideError
+from llmlite.errors import InputError
+from llmlite.evals.locate import find
 from llmlite.extras import need
-from llmlite.serve.engines.base import Engine
 from llmlite.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from llmlite.serve.engines import Opened
+    from llmlite.serve.models import ModelSpec
+
+log = logging.getLogger("llmlite.serve")
 
 
 def serve(artifact: str | Path, settings: ServeSettings) -> None:
@@ -19,63 +26,62 @@ def serve(artifact: str | Path, settings: ServeSettings) -> None:
     A second SIGINT ends at once. The port is taken (not opened) before the weights are loaded, and opened after: a
     port in use is an `OutsideError` at once, a broken artifact an `InputError` before anyone could connect.
     """
-    uvicorn = need("serve", "uvicorn")
+    need("serve", "uvicorn")
     need("serve", "fastapi")
     from llmlite.serve.app import create_app
-    from llmlite.serve.engines import Opened, open_artifact
+    from llmlite.serve.logs import logging_to
+    from llmlite.serve.process import Server, bind, tls_context, url_of
+
+    tls_context(settings)  # refused before the weights are loaded, which takes longer
+    with logging_to(level=settings.log_level), bind(settings) as listener:
+        specs, first = model_specs(artifact, settings)
+        app = create_app(specs, settings)
+        engine = first.engine
+        about = f"{specs[0].name} on {engine.name} ({engine.version}), context {engine.context:,} tokens"
+        _warn_of_open_doors(settings)
+        line = f"{about}, at {url_of(settings, listener)}/v1"
+        Server(app, settings, ready=lambda: line).run(sockets=[listener])
+
+
+def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[ModelSpec], Opened]:
+    """What to serve, the first model opened already. Raises `InputError` for what can't be loaded or found.
+
+    The first model is loaded before anyone can connect, and again after its engine died. The others are looked for
+    now and loaded when asked for; adapters and a draft model belong to the first one alone.
+    """
+    from llmlite.serve.engines import open_artifact
     from llmlite.serve.models import ModelSpec
 
-    with _bind(settings) as listener:
-        first = open_artifact(artifact, settings)
-        opened = [first]  # it is loaded before anyone can connect, and again after its engine died
+    for name, place in settings.other_models:
+        try:
+            find(place)
+        except InputError as error:
+            raise InputError(f"also {name}: {error}") from None
+    for name, file in settings.adapters:
+        if not file.exists():
+            raise InputError(f"lora {name}: {file} is not there")
+    first = open_artifact(artifact, settings)
+    opened = [first]
 
-        def reopen() -> Opened:
-            return opened.pop() if opened else open_artifact(artifact, settings)
+    def reopen() -> Opened:
+        return opened.pop() if opened else open_artifact(artifact, settings)
 
-        spec = ModelSpec(settings.name or first.name, reopen)
-        app = create_app([spec], settings)
-        ready = _ready_line(spec.name, first.engine, listener)
-
-        class Server(uvicorn.Server):  # type: ignore[name-defined, misc]
-            should_exit: bool
-
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                try:
-                    await super().startup(sockets)
-                except OSError as error:  # another process, bound like this one, was first to listen
-                    raise _not_listening(settings, error) from None
-                print(ready, flush=True)
-
-            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-                """As uvicorn's, but an end that was asked for is no death by signal: the exit status is 0."""
-                self.force_exit = self.should_exit and sig == signal.SIGINT
-                self.should_exit = True
-
-            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-                app.state.models.drain()
-                await super().shutdown(sockets)
-
-        config = uvicorn.Config(app, log_level="warning", access_log=False)
-        Server(config).run(sockets=[listener])
+    specs = [ModelSpec(settings.name or first.name, reopen, tuple(name for name, _ in settings.adapters))]
+    draft = settings.draft if settings.draft in ("off", "lookup") else "off"
+    theirs = replace(settings, name=None, also=(), lora=(), draft=draft)
+    specs += [ModelSpec(name, partial(open_artifact, place, theirs)) for name, place in settings.other_models]
+    names = [name for spec in specs for name in (spec.name, *spec.adapters)]
+    if len(set(names)) < len(names):  # names that were given differ: this is the one that the artifact brought
+        raise InputError(
+            f"{specs[0].name!r} names two models or adapters: give the first model another name with --name"
+        )
+    return specs, first
 
 
-def _bind(settings: ServeSettings) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, address = found[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise _not_listening(settings, error) from None
-    return listener
-
-
-def _not_listening(settings: ServeSettings, error: OSError) -> OutsideError:
-    return OutsideError(f"can't listen on {settings.host} port {settings.port}: {error.strerror or error}")
-
-
-def _ready_line(name: str, engine: Engine, listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
-    return f"{name} on {engine.name} ({engine.version}), context {engine.context:,} tokens, at {url}"
+def _warn_of_open_doors(settings: ServeSettings) -> None:
+    if settings.loopback:
+        return
+    if settings.api_key_file is None:
+        log.warning("no API key is asked for: whoever reaches %s can use this server", settings.host)
+    elif settings.tls_cert is None:
+        log.warning("keys and prompts cross the network in clear text: use --tls-cert, or a proxy that has TLS")

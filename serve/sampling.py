@@ -6,10 +6,16 @@ log-probabilities that are reported are the model's own, before all of that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+
+FLOORS = (0.1, 1e-2, 1e-3, 1e-5, 1e-8)
+"""Shares of the likeliest token's probability above which likely tokens are looked for first."""
+
+BLOCK = 64
 
 LEAST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
 
@@ -65,39 +71,70 @@ def allowed(logits: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may be drawn and their probabilities (float32 weights, float64 sums that end at 1)."""
-    with np.errstate(over="ignore"):  # minus infinity, of which exp makes the right 0
-        weights = np.exp((logits - logits.max()) / np.float32(sampling.temperature))
-    ids: np.ndarray | None = None  # all
-    if 0 < sampling.top_k < len(weights):
-        ids = _heaviest(weights, sampling.top_k)
-    if sampling.top_p < 1:
-        ids = _nucleus(weights, ids, sampling.top_p)
+    weights = _weights(logits, sampling)
+    ids = _kept(weights, sampling)
     kept = weights if ids is None else weights[ids]
-    if sampling.min_p > 0:
-        enough = kept >= sampling.min_p  # the heaviest weight is exactly 1
-        ids, kept = np.flatnonzero(enough) if ids is None else ids[enough], kept[enough]
     return np.arange(len(weights)) if ids is None else ids, kept / kept.sum(dtype=np.float64)
 
 
-def _heaviest(weights: np.ndarray, count: int) -> np.ndarray:
-    """Ids of the ``count`` largest, largest first; equal ones by lower id."""
-    least = np.partition(weights, len(weights) - count)[len(weights) - count]
-    ids = np.flatnonzero(weights >= least)
-    return ids[np.argsort(-weights[ids], kind="stable")][:count]
+def _weights(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities times a factor, float32 [vocab]: the likeliest token has exactly 1. Valid until the next call."""
+    weights = _scratch(len(logits))
+    with np.errstate(over="ignore"):  # minus infinity, of which exp makes the right 0
+        np.subtract(logits, logits.max(), out=weights)
+        if sampling.temperature != 1:
+            np.divide(weights, np.float32(sampling.temperature), out=weights)
+        return np.exp(weights, out=weights)
+
+
+_local = threading.local()
+
+
+def _scratch(size: int) -> np.ndarray:
+    """This thread's float32 [size], used again at the next call: fresh memory costs more than what is done in it."""
+    if _local.__dict__.get("size") != size:
+        _local.size, _local.array = size, np.empty(size, np.float32)
+    return _local.array
+
+
+def _kept(weights: np.ndarray, sampling: Sampling) -> np.ndarray | None:
+    """The ids that top_k, top_p and min_p leave; None for all."""
+    ids: np.ndarray | None = None
+    if 0 < sampling.top_k < len(weights):
+        ids = _heaviest(weights, sampling.top_k, FLOORS)
+    if sampling.top_p < 1:
+        ids = _nucleus(weights, ids, sampling.top_p)
+    if sampling.min_p > 0:
+        ids = np.flatnonzero(weights >= sampling.min_p) if ids is None else ids[weights[ids] >= sampling.min_p]
+    return ids
+
+
+def _heaviest(values: np.ndarray, count: int, floors: Iterable[float]) -> np.ndarray:
+    """Ids of the ``count`` largest, largest first; equal ones by lower id. ``floors``: where to look first.
+
+    Only what lies above the first floor that enough lie above is sorted: 20 microseconds of a vocabulary of 49,152
+    instead of 400.
+    """
+    for floor in floors:
+        above = values >= floor
+        if np.count_nonzero(above) >= count:
+            ids = np.flatnonzero(above)
+            return ids[np.argsort(-values[ids], kind="stable")][:count]
+    return np.argsort(-values, kind="stable")[:count]
 
 
 def _nucleus(weights: np.ndarray, ids: np.ndarray | None, top_p: float) -> np.ndarray:
     """The fewest of ``ids`` (None: of all) that hold a share of ``top_p``. Sorts no more than it must."""
     kept = weights if ids is None else weights[ids]
     enough = top_p * kept.sum(dtype=np.float64)
-    count = min(256, len(kept))
-    while True:
-        best = _heaviest(kept, count)
-        reached = np.cumsum(kept[best], dtype=np.float64)
-        if reached[-1] >= enough or count == len(kept):
-            best = best[: 1 + int(np.searchsorted(reached[:-1], enough))]
-            return best if ids is None else ids[best]
-        count = min(count * 8, len(kept))
+    for floor in (*FLOORS, 0.0):
+        best = np.flatnonzero(kept >= floor)
+        if floor == 0 or kept[best].sum(dtype=np.float64) >= enough:
+            break
+    best = best[np.argsort(-kept[best], kind="stable")]
+    reached = np.cumsum(kept[best], dtype=np.float64)
+    best = best[: 1 + int(np.searchsorted(reached[:-1], enough))]
+    return best if ids is None else ids[best]
 
 
 def choose(
@@ -107,9 +144,24 @@ def choose(
     logits = adjust(logits, sampling, counts)
     if sampling.greedy or random is None:
         return int(np.argmax(logits))
-    ids, probabilities = candidates(logits, sampling)
-    place = int(np.searchsorted(np.cumsum(probabilities), random.random(), side="right"))
-    return int(ids[min(place, len(ids) - 1)])
+    weights = _weights(logits, sampling)
+    ids = _kept(weights, sampling)
+    place = _draw(weights if ids is None else weights[ids], random.random())
+    return place if ids is None else int(ids[place])
+
+
+def _draw(weights: np.ndarray, share: float) -> int:
+    """The place at which the running sum of the weights passes ``share``, from 0 to 1, of the whole sum."""
+    blocks = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK), dtype=np.float64)
+    sums = np.cumsum(blocks)
+    wanted = share * sums[-1]
+    block = min(int(np.searchsorted(sums, wanted, side="right")), len(blocks) - 1)
+    inside = weights[block * BLOCK : (block + 1) * BLOCK]
+    reached = np.cumsum(inside, dtype=np.float64) + (sums[block] - blocks[block])
+    place = min(int(np.searchsorted(reached, wanted, side="right")), len(inside) - 1)
+    while inside[place] == 0 and place:  # rounding at a block's end must not choose what can't be drawn
+        place -= 1
+    return block * BLOCK + place
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -123,5 +175,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def most_likely(logprobs: np.ndarray, count: int) -> list[tuple[int, float]]:
     """The ``count`` likeliest tokens of one row, best first; equal ones by lower id."""
     count = min(count, len(logprobs))
-    best = _heaviest(logprobs, count) if count else np.empty(0, np.int64)
+    floors = logprobs.max() + np.log(FLOORS)
+    best = _heaviest(logprobs, count, floors) if count else np.empty(0, np.int64)
     return [(int(token), float(logprobs[token])) for token in best]

@@ -1,8 +1,8 @@
-"""One thread owns the engine. Requests wait in a bounded queue; up to ``engine.slots`` sequences run in turns.
+"""One thread owns the engine. Requests wait in a bounded queue; what runs goes on together, step by step.
 
-Each turn gives every running sequence one bounded piece of work, a prefill chunk or a token, so that a long prompt
-never stalls its neighbours and a cancelled sequence is gone before the next turn. What a scheduler with batched
-steps must replace is `_turn` alone.
+`turns` says what a step holds, `admission` who may run. Between two steps the thread takes in what is new, drops what
+was cancelled or is too late, and runs what others call. When the cache is full the sequence that began last leaves it,
+to host memory, and comes back first when there is room: no neighbour fails.
 """
 
 from __future__ import annotations
@@ -14,92 +14,56 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, TypeVar
+from itertools import groupby
+from typing import Any, TypeVar
 
-from llmlite.serve.engines.base import Engine, EngineBroken
-from llmlite.serve.generation import Delta, Generation, Work
+import numpy as np
+
+from llmlite.serve.admission import Admission
+from llmlite.serve.calls import Call, EngineDead
+from llmlite.serve.drafting import PromptLookup
+from llmlite.serve.engines.base import Engine, EngineBroken, NoRoom, Piece
+from llmlite.serve.generation import Generation, Work
 from llmlite.serve.stats import Stats
+from llmlite.serve.tickets import QueueFull, RequestState, ShuttingDown, Sink, Ticket, TooLate
+from llmlite.serve.turns import Rates, plan, plan_exactly
 
-T = TypeVar("T")
+__all__ = ["EngineDead", "QueueFull", "Scheduler", "SchedulerSettings", "ShuttingDown", "Sink", "Ticket", "TooLate"]
 
 log = logging.getLogger("llmlite.serve")
 
-Sink = Callable[[Delta | Exception], None]
-"""Called on the engine thread with each delta, or once with what ended the sequence; must not raise or block."""
-
-
-class QueueFull(Exception):
-    """No more may wait. ``retry_after``: seconds until a place is free, by the measured time of a sequence."""
-
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(retry_after)
-        self.retry_after = retry_after
-
-
-class EngineDead(Exception):
-    """The engine thread has ended; nothing can run until the engine is opened again."""
-
-
-class ShuttingDown(Exception):
-    """The server is ending: what runs is finished, nothing new is begun."""
-
-
-@dataclass(eq=False)
-class _Request:
-    """The sequences of one request: once one of them has started, all are finished, a shutdown notwithstanding."""
-
-    started: bool = False
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A sequence that was accepted; `Scheduler.cancel` takes it back."""
-
-    generation: Generation
-    sink: Sink
-    prompt_tokens: int
-    request: _Request = field(default_factory=_Request)
-    cancelled: bool = False
-    started: float = 0.0
-    counted: int | None = None
+T = TypeVar("T")
+Pieces = list[tuple[Ticket, Piece]]
 
 
 @dataclass(frozen=True)
-class Call(Generic[T]):
-    """A function that the engine thread is to run, and where its outcome goes."""
+class SchedulerSettings:
+    """``exact``: one sequence a step, so that a reply depends on nothing else; ``lookup``: guess from the prompt;
+    ``timeout``: seconds that a sequence may take from when it was accepted, None for no limit."""
 
-    future: Future[T]
-    function: Callable[[], T]
-
-    def run(self) -> None:
-        """On the engine thread. Raises `EngineBroken`, which ends that thread; anything else is the caller's alone."""
-        if not self.future.set_running_or_notify_cancel():
-            return
-        try:
-            self.future.set_result(self.function())
-        except EngineBroken as broken:
-            self.future.set_exception(EngineDead(str(broken)))
-            raise
-        except Exception as error:  # it belongs to whoever called
-            self.future.set_exception(error)
-
-    def refuse(self, why: Exception) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(why)
+    max_queue: int = 64
+    exact: bool = False
+    lookup: bool = False
+    timeout: float | None = None
 
 
 class Scheduler:
     """Runs `Work` on an engine. All methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, max_queue: int) -> None:
+    def __init__(self, engine: Engine, settings: SchedulerSettings) -> None:
         self._engine = engine
-        self._max_queue = max_queue
+        self._settings = settings
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
         self._calls: deque[Call[Any]] = deque()
-        self._running: list[Ticket] = []  # touched by the engine thread alone
+        # Touched by the engine thread alone; the first is the one that began first.
+        self._running: list[Ticket] = []
+        self._suspended: list[Ticket] = []
+        self._admission = Admission(engine)
+        self._rates = Rates()
+        self._turns = 0
         self._seconds = 0.0  # how long a sequence runs, a moving average
         # Why nothing is accepted any more, made anew for everyone: each raise adds its frames to an exception.
         self._refusal: Callable[[], Exception] | None = None
@@ -116,8 +80,7 @@ class Scheduler:
 
     @property
     def stats(self) -> Stats:
-        """What the engine thread has counted so far, and how many sequences run and wait now."""
-        self._stats.running, self._stats.waiting = len(self._running), len(self._waiting)
+        """What the engine thread has counted so far."""
         return self._stats
 
     def start(self) -> None:
@@ -129,15 +92,17 @@ class Scheduler:
 
         Where nobody waits, a request with more sequences than may wait is accepted all the same.
         """
-        request = _Request()
+        request = RequestState()
+        timeout = self._settings.timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         tickets = [
-            Ticket(Generation(work, self._engine), sink, len(work.prompt), request)
+            Ticket(self._generation(work), sink, request, deadline=deadline)
             for work, sink in zip(works, sinks, strict=True)
         ]
         with self._changed:
             if self._refusal is not None:
                 raise self._refusal()
-            if self._waiting and len(self._waiting) + len(tickets) > self._max_queue:
+            if self._waiting and len(self._waiting) + len(tickets) > self._settings.max_queue:
                 raise QueueFull(max(1, math.ceil(self._seconds / self._engine.slots)))
             self._waiting.extend(tickets)
             self._changed.notify()
@@ -151,17 +116,19 @@ class Scheduler:
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
 
     def ping(self) -> Future[dict[str, int]]:
-        """The engine thread's own answer, given between two turns: how many sequences run and wait."""
+        """The engine thread's own answer, given between two steps: how many sequences run and wait.
+
+        The future has `EngineDead` or `ShuttingDown` where nothing new is accepted.
+        """
         with self._changed:
-            refusal = self._refusal
-        if refusal is not None:
-            failed: Future[dict[str, int]] = Future()
-            failed.set_exception(refusal())
-            return failed
-        return self.call(lambda: {"running": len(self._running), "waiting": len(self._waiting)})
+            if self._refusal is not None:
+                refused: Future[dict[str, int]] = Future()
+                refused.set_exception(self._refusal())
+                return refused
+        return self.call(lambda: {"running": len(self._running), "waiting": len(self._waiting) + len(self._suspended)})
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run a function on the engine thread, between two turns; it should take no longer than one.
+        """Run a function on the engine thread, between two steps; it should take no longer than one.
 
         The future has what it returned or raised, or `EngineDead` or `ShuttingDown` once the thread ends: work that
         goes in many calls is finished while the scheduler drains. One that is cancelled is not run.
@@ -185,18 +152,23 @@ class Scheduler:
             ticket.sink(refusal())
 
     def stop(self) -> None:
-        """End the engine thread after its present turn and wait for that."""
+        """End the engine thread after its present step and wait for that."""
         self.drain()
         with self._changed:
             self._stop = True
             self._changed.notify()
         self._thread.join()
 
+    def _generation(self, work: Work) -> Generation:
+        guess = self._settings.lookup and self._engine.can_cut and not self._settings.exact
+        return Generation(work, self._engine, PromptLookup(work.prompt) if guess else None)
+
     def _own(self) -> None:
         refusal: Callable[[], Exception] = _shutting_down
         try:
             while self._prepare():
-                self._turn()
+                if self._running:
+                    self._turn()
         except BaseException as broken:  # the thread's last words: whoever waits must hear of them
             log.critical("the engine thread has ended", exc_info=broken)
             refusal = partial(EngineDead, str(broken))
@@ -204,54 +176,160 @@ class Scheduler:
         self._end(refusal)
 
     def _prepare(self) -> bool:
-        """Wait for something to do, admit what there is room for, run what was called. False: stop."""
+        """Wait for something to do, drop what is over, admit what there is room for. False: stop."""
         with self._changed:
-            self._changed.wait_for(lambda: self._stop or self._running or self._waiting or self._calls)
-            while self._waiting and len(self._running) < self._engine.slots:
-                ticket = self._waiting.popleft()
-                ticket.request.started = True
-                ticket.started = time.monotonic()
-                self._running.append(ticket)
-            calls = len(self._calls)
-        for _ in range(calls):
-            self._calls.popleft().run()
+            self._changed.wait_for(
+                lambda: self._stop or self._running or self._suspended or self._waiting or self._calls
+            )
+            calls = [self._calls.popleft() for _ in range(len(self._calls))]
+        for call in calls:
+            call.run()
+        self._drop()
+        self._admit()
+        room = self._engine.room()
+        stats = self._stats
+        stats.cells_used, stats.cells_total = room.used + room.kept, room.total
+        stats.running, stats.waiting = len(self._running), len(self._waiting) + len(self._suspended)
         return not self._stop
 
-    def _turn(self) -> None:
-        for ticket in list(self._running):
-            if ticket.cancelled:
+    def _drop(self) -> None:
+        """What was cancelled goes; what is too late is told so."""
+        now = time.monotonic()
+        for ticket in [*self._running, *self._suspended]:
+            if ticket.cancelled or now > ticket.deadline:
                 self._retire(ticket, keep=True)
-                continue
-            begun = time.monotonic()
-            try:
-                delta = ticket.generation.advance()
-            except EngineBroken:
-                raise
-            except Exception as error:  # it belongs to this request: its client is told, its neighbours go on
-                log.error("a request failed", exc_info=error)
-                self._retire(ticket, keep=False)
-                ticket.sink(error)
-                continue
-            self._stats.steps += 1
-            self._stats.step_seconds += time.monotonic() - begun
-            if delta is None:
-                continue
-            self._count(ticket, delta)
-            if delta.finish:
-                self._retire(ticket, keep=True)
-            ticket.sink(delta)
+                self._tell_late(ticket)
+        with self._changed:
+            late = [ticket for ticket in self._waiting if now > ticket.deadline]
+            for ticket in late:
+                self._waiting.remove(ticket)
+        for ticket in late:
+            self._tell_late(ticket)
 
-    def _count(self, ticket: Ticket, delta: Delta) -> None:
-        if ticket.counted is None:  # the first delta: the prompt was read
-            self._stats.prompt_tokens += ticket.prompt_tokens
-            self._stats.cached_tokens += delta.reused
-            self._stats.prefix_hits += delta.reused > 0
-        self._stats.generated_tokens += delta.generated - (ticket.counted or 0)
-        ticket.counted = delta.generated
+    def _tell_late(self, ticket: Ticket) -> None:
+        if not ticket.cancelled and self._settings.timeout is not None:
+            ticket.sink(TooLate(self._settings.timeout))
+
+    def _admit(self) -> None:
+        """Sequences that had to leave come back first; then the queue, as far as slots and room go."""
+        while self._suspended and self._admission.may_resume(self._suspended[0], self._running):
+            ticket = self._suspended[0]
+            assert ticket.generation.sequence is not None
+            try:
+                self._engine.resume(ticket.generation.sequence)
+            except NoRoom:
+                break
+            self._suspended.pop(0)
+            self._running.append(ticket)
+            self._running.sort(key=lambda ticket: ticket.started)
+        while not self._suspended:
+            with self._changed:
+                ticket = self._admission.next(self._waiting, self._running)
+                if ticket is None:
+                    return
+                self._waiting.remove(ticket)
+                ticket.request.started = True
+            ticket.started = time.monotonic()
+            self._running.append(ticket)
+            self._alone(ticket, ticket.generation.open)
+
+    def _turn(self) -> None:
+        if self._settings.exact:
+            pieces = plan_exactly(self._running, self._turns)
+        else:
+            pieces = plan(self._running, self._engine, self._rates)
+        self._turns += 1
+        begun = time.perf_counter()
+        for _, group in groupby(pieces, key=lambda pair: pair[0].generation.work.adapter):
+            self._run(list(group))
+        self._stats.steps += 1
+        self._stats.step_seconds += time.perf_counter() - begun
+
+    def _run(self, pieces: Pieces) -> None:
+        """Run pieces together; what can't be run together for want of room or because one fails is run in parts."""
+        begun = time.perf_counter()
+        try:
+            rows = self._engine.step([piece for _, piece in pieces])
+        except NoRoom:
+            self._make_room(pieces)
+            return
+        except EngineBroken:
+            raise
+        except Exception as error:  # it belongs to one of the requests: its client is told, its neighbours go on
+            if len(pieces) > 1:
+                for piece in pieces:
+                    self._run([piece])
+                return
+            self._fail(pieces[0][0], error)
+            return
+        seconds = time.perf_counter() - begun
+        self._note(seconds, pieces)
+        for (ticket, _), logits in zip(pieces, rows, strict=True):
+            self._alone(ticket, partial(self._take, ticket, logits))
+
+    def _note(self, seconds: float, pieces: Pieces) -> None:
+        self._stats.decode_seconds += seconds
+        generating = [piece for ticket, piece in pieces if ticket.generation.generated]
+        if all(len(piece.tokens) == 1 for piece in generating):
+            tokens = sum(len(piece.tokens) for _, piece in pieces)
+            self._rates.note(seconds, len(generating), tokens - len(generating))
+
+    def _make_room(self, pieces: Pieces) -> None:
+        """Let sequences that generate go before prompts; then the one that began last leaves the cache."""
+        generating = [(ticket, piece) for ticket, piece in pieces if ticket.generation.generated]
+        if generating and len(generating) < len(pieces):
+            self._run(generating)
+            return
+        if len(self._running) == 1:
+            ticket = self._running[0]
+            self._fail(ticket, NoRoom("the cache is too small for this sequence"))
+            return
+        ticket = self._running.pop()
+        assert ticket.generation.sequence is not None
+        self._engine.suspend(ticket.generation.sequence)
+        self._suspended.append(ticket)
+        self._suspended.sort(key=lambda ticket: ticket.started)
+        self._stats.preemptions += 1
+        rest = [(other, piece) for other, piece in pieces if other is not ticket]
+        if rest:
+            self._run(rest)
+
+    def _take(self, ticket: Ticket, logits: np.ndarray) -> None:
+        before = ticket.generation.generated
+        delta = ticket.generation.take(logits)
+        if delta is None:
+            return
+        self._count(ticket, delta.generated - before)
+        if delta.finish:
+            self._retire(ticket, keep=True)
+        ticket.sink(delta)
+
+    def _count(self, ticket: Ticket, generated: int) -> None:
+        stats, sequence = self._stats, ticket.generation.sequence
+        stats.generated_tokens += generated
+        if not ticket.counted and sequence is not None:
+            ticket.counted = True
+            stats.prompt_tokens += len(ticket.generation.work.prompt)
+            stats.cached_tokens += sequence.reused
+            stats.prefix_hits += sequence.reused > 0
+
+    def _alone(self, ticket: Ticket, work: Callable[[], object]) -> None:
+        """Do what concerns one request; should it fail, its client is told and its neighbours go on."""
+        try:
+            work()
+        except EngineBroken:
+            raise
+        except Exception as error:  # whatever it is: the client hears of it, and the log
+            self._fail(ticket, error)
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        log.error("a request failed", exc_info=error)
+        self._retire(ticket, keep=False)
+        ticket.sink(error)
 
     def _retire(self, ticket: Ticket, keep: bool) -> None:
         ticket.generation.close(keep)  # first: should it raise, the ticket is still there to be told
-        self._running.remove(ticket)
+        (self._running if ticket in self._running else self._suspended).remove(ticket)
         lasted = time.monotonic() - ticket.started
         self._seconds = lasted if self._seconds == 0 else 0.8 * self._seconds + 0.2 * lasted
 
@@ -259,8 +337,8 @@ class Scheduler:
         with self._changed:
             self._refusal = refusal
             self._ended = True
-            orphans = [*self._running, *self._waiting]
-            self._running, self._waiting = [], deque()
+            orphans = [*self._running, *self._suspended, *self._waiting]
+            self._running, self._suspended, self._waiting = [], [], deque()
             calls, self._calls = self._calls, deque()
         for call in calls:
             call.refuse(refusal())

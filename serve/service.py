@@ -18,7 +18,7 @@ from llmlite.serve.engines import Opened
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.generation import Work
 from llmlite.serve.sampling import Sampling
-from llmlite.serve.scheduler import EngineDead, QueueFull, Scheduler, ShuttingDown
+from llmlite.serve.scheduler import EngineDead, QueueFull, Scheduler, SchedulerSettings, ShuttingDown
 from llmlite.serve.schema import Generating
 from llmlite.serve.settings import ServeSettings
 
@@ -36,7 +36,15 @@ class Service:
         self.engine = opened.engine
         self.name = spec.name
         self.manifest = opened.manifest or {}
-        self.scheduler = Scheduler(self.engine, settings.max_queue)
+        self.scheduler = Scheduler(
+            self.engine,
+            SchedulerSettings(
+                max_queue=settings.max_queue,
+                exact=settings.exact,
+                lookup=settings.draft == "lookup",
+                timeout=settings.request_timeout,
+            ),
+        )
         self._max_queue = settings.max_queue
         self._embedding = asyncio.Lock()
         self._embeddings = 0  # texts that are embedded or wait for it

@@ -1,4 +1,4 @@
-"""What a scheduler needs of an engine: sequences that are prefilled in chunks and stepped token by token.
+"""What a scheduler needs of an engine: sequences that grow together, one step after the other.
 
 An engine belongs to one thread once it serves: only `encode`, `encode_chat` and `token_bytes` may be called from
 another one. It knows nothing of sampling, stop strings or HTTP.
@@ -7,6 +7,7 @@ another one. It knows nothing of sampling, stop strings or HTTP.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,12 +15,13 @@ import numpy as np
 
 from llmlite.errors import LlmliteError
 
-CHUNK = 128
-"""Prompt tokens per prefill call: what one cancelled request may still cost, and the grain of prefix reuse."""
-
 
 class EngineBroken(LlmliteError):
     """The engine can't go on at all: the server must say so instead of failing request after request."""
+
+
+class NoRoom(LlmliteError):
+    """The cache holds no more tokens; everything is as it was before the call."""
 
 
 class ChatTemplateError(LlmliteError):
@@ -30,24 +32,56 @@ class ChatTemplateError(LlmliteError):
 class Sequence:
     """One sequence in an engine's cache.
 
-    ``tokens`` are the ids whose keys and values the cache holds, ``prefilled`` how many of them came in as prompt,
-    ``reused`` how many were there already when the sequence was opened.
+    ``tokens`` are the ids whose keys and values the cache holds, ``reused`` how many of them were there already when
+    the sequence was opened. ``slot`` is its place, None while it is suspended: ``state`` then has its keys and values.
     """
 
-    slot: int
+    slot: int | None
+    adapter: str | None = None
     tokens: list[int] = field(default_factory=list)
-    prefilled: int = 0
     reused: int = 0
+    state: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step appends to a sequence: at least one token; logits are wanted of the last ``rows`` of them."""
+
+    sequence: Sequence
+    tokens: list[int]
+    rows: int
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many tokens the cache holds of sequences that run, of ones kept for reuse, and how many it can hold.
+
+    ``shared`` False: each slot has room of its own for a whole context, and never lacks any.
+    """
+
+    used: int
+    kept: int
+    total: int
+    shared: bool
+
+    def fits(self, tokens: int) -> bool:
+        """Whether sequences can take so many more, those kept for reuse having made room."""
+        return not self.shared or self.used + tokens <= self.total
 
 
 class Engine(Protocol):
-    """One model, ready to run ``slots`` sequences of up to ``context`` tokens each."""
+    """One model that runs up to ``slots`` sequences of up to ``context`` tokens at once.
+
+    One step takes at most ``batch`` tokens and gives at most ``outputs`` rows of logits.
+    """
 
     name: str
     version: str
     context: int
     vocab_size: int
     slots: int
+    batch: int
+    outputs: int
     eos: frozenset[int]
 
     def encode(self, text: str) -> list[int]:
@@ -62,20 +96,40 @@ class Engine(Protocol):
     def token_bytes(self, token: int, special: bool) -> bytes:
         """The bytes a token adds to the text; control tokens add none unless ``special``."""
 
-    def open(self, prompt: list[int], reuse: bool = True) -> Sequence:
-        """A free slot, with as much of ``prompt`` already in it as an earlier sequence left there.
+    def open(self, prompt: list[int], adapter: str | None = None, reuse: bool = True) -> Sequence:
+        """A free slot, with as much of ``prompt`` already in it as is cached anywhere.
 
         At least the last token of the prompt is left to run. ``reuse=False``: nothing is there (to score a prompt).
         """
 
-    def prefill(self, sequence: Sequence, tokens: list[int], every_row: bool) -> np.ndarray:
-        """Run the next at most `CHUNK` prompt tokens: float32 logits [1, vocab], or one row per token."""
+    def step(self, pieces: Items[Piece]) -> list[np.ndarray]:
+        """Append the pieces, each to its own sequence, all with one adapter: float32 logits [rows, vocab] for each.
 
-    def step(self, sequences: list[Sequence], tokens: list[int]) -> np.ndarray:
-        """Append one token to each sequence: float32 logits [sequences, vocab]."""
+        The arrays are valid until the next step. Raises `NoRoom`; that and every other error but `EngineBroken`
+        leave all sequences as they were.
+        """
+
+    def cut(self, sequence: Sequence, length: int) -> None:
+        """Forget all tokens from ``length`` on. Only where ``can_cut``."""
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether positions can be taken back: not so with sliding windows and recurrent states."""
+
+    def suspend(self, sequence: Sequence) -> None:
+        """Move a sequence out of the cache, to host memory; its slot is free."""
+
+    def resume(self, sequence: Sequence) -> None:
+        """Bring a suspended sequence back, into a free slot. Raises `NoRoom`."""
+
+    def checkpoint(self, sequence: Sequence) -> None:
+        """Where positions can't be taken back: keep a copy of what the sequence holds now for later prompts."""
 
     def close(self, sequence: Sequence, keep: bool) -> None:
-        """Free the slot; ``keep`` its prompt for a later `open`, or forget it (after an error)."""
+        """Free the slot; ``keep`` its tokens for a later `open`, or forget them (after an error)."""
+
+    def room(self) -> Room:
+        """How full the cache is."""
 
     def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
         """Vectors of texts: None after each bounded piece of work, at last float32 [prompts, width], each of length 1.
@@ -86,40 +140,6 @@ class Engine(Protocol):
 
     def close_model(self) -> None:
         """Free the weights and all sequences; nothing may be called after it."""
-
-
-class Slots:
-    """Which slots are free and which prompt each still holds.
-
-    Only whole prefill chunks are taken over. Each chunk then runs in the same shape as in a fresh sequence, so
-    reuse changes no bit of the logits, and the same seed gives the same text whether or not the cache was warm.
-    """
-
-    def __init__(self, count: int, reusable: bool) -> None:
-        self._free = [Sequence(slot) for slot in range(count)]
-        self._reusable = reusable
-
-    def take(self, prompt: list[int], reuse: bool) -> Sequence:
-        """The free slot whose prompt agrees longest with this one (else the longest unused), cut to what agrees."""
-        lengths = [self._agree(slot, prompt) if reuse and self._reusable else 0 for slot in self._free]
-        sequence = self._free.pop(lengths.index(max(lengths)))
-        kept = max(lengths)
-        sequence.tokens = prompt[:kept]
-        sequence.prefilled = sequence.reused = kept
-        return sequence
-
-    def put_back(self, sequence: Sequence, keep: bool) -> None:
-        """Free again. Its tokens are cut to its whole prompt chunks, to none without ``keep``."""
-        whole = sequence.prefilled - sequence.prefilled % CHUNK
-        sequence.prefilled = whole if keep and self._reusable else 0
-        sequence.tokens = sequence.tokens[: sequence.prefilled]
-        self._free.append(sequence)
-
-    @staticmethod
-    def _agree(sequence: Sequence, prompt: list[int]) -> int:
-        limit = min(sequence.prefilled, len(prompt) - 1)
-        same = next((i for i in range(limit) if sequence.tokens[i] != prompt[i]), limit)
-        return same - same % CHUNK
 
 
 def with_bos(tokens: list[int], bos: int | None) -> list[int]:

@@ -13,8 +13,8 @@ import numpy as np
 
 from llmlite.errors import InputError, OutsideError
 from llmlite.evals.llama import Batch, Llama
-from llmlite.serve.engines.base import CHUNK, EngineBroken
-from llmlite.serve.engines.pooling import Pool, Pooling
+from llmlite.serve.engines.base import EngineBroken
+from llmlite.serve.engines.pooling import CHUNK, Pool, Pooling
 
 POOLING: dict[str | None, Pooling] = {None: "mean", "0": "mean", "1": "mean", "2": "cls", "3": "last"}
 """By the file's ``{arch}.pooling_type``; a language model's has none."""

@@ -8,6 +8,9 @@ import numpy as np
 
 Pooling = Literal["mean", "cls", "last"]
 
+CHUNK = 128
+"""Tokens of a text that are run at a time; others have their turn between two of these."""
+
 
 class Pool:
     """Takes in the hidden states of one text, part by part."""

@@ -12,8 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from llmlite.errors import InputError
-from llmlite.serve.engines.base import CHUNK
-from llmlite.serve.engines.pooling import Pool, Pooling
+from llmlite.serve.engines.pooling import CHUNK, Pool, Pooling
 
 POOLING_FILE = Path("1_Pooling") / "config.json"
 POOLING: dict[str, Pooling] = {

@@ -1,7 +1,6 @@
 """Real servers on loopback, each in a thread of its own."""
 
 import json
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -11,12 +10,13 @@ import httpx
 import pytest
 
 pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
 from llmlite.serve.app import create_app  # noqa: E402
 from llmlite.serve.engines import Opened  # noqa: E402
 from llmlite.serve.models import Models, ModelSpec  # noqa: E402
+from llmlite.serve.process import Server, bind, url_of  # noqa: E402
 from llmlite.serve.settings import ServeSettings  # noqa: E402
 from tests.serve.scripted_engine import ScriptedEngine  # noqa: E402
 
@@ -69,14 +69,15 @@ class Running:
 
 
 @contextmanager
-def running(engine, manifest=None, **settings):
+def running(engine, manifest=None, keys=None, **settings):
+    settings = ServeSettings(port=0, **{"drain_seconds": 2.0, **settings})
     spec = ModelSpec("model", lambda: Opened(engine, "model", manifest))
-    app = create_app([spec], ServeSettings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2))
-    listener = socket.create_server(("127.0.0.1", 0))
+    app = create_app([spec], settings, keys)
+    server = Server(app, settings)
+    listener = bind(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    server_up = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.models)
+    server_up = Running(url_of(settings, listener), app.state.models)
     try:
         assert server_up.wait(lambda: server.started)
         yield server_up

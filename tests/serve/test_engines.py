@@ -3,7 +3,7 @@
 import json
 import threading
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlite.errors import InputError
 from llmlite.serve.engines import open_artifact
-from llmlite.serve.engines.base import CHUNK, ChatTemplateError
+from llmlite.serve.engines.base import ChatTemplateError, Piece
 from llmlite.serve.engines.chat_template import render
 from llmlite.serve.engines.transformers import Vocabulary
 from llmlite.serve.sampling import log_softmax
@@ -21,13 +21,15 @@ from llmlite.serve.settings import ServeSettings
 from tests.serve.conftest import Running, running
 
 pytest.importorskip("gguf")
-pytest.importorskip("llama_cpp")
+llama_cpp = pytest.importorskip("llama_cpp")
 
-from tests.gguf_models import TEXTS, gguf_of, save_tiny
+from tests.gguf_models import TEXTS, gguf_of, save_tiny  # noqa: E402
 
 MODELS = ("llama", "llama-linear", "gemma3")  # byte-level; SentencePiece with BOS; sliding windows of 8
 ENGINES = ("transformers", "llama.cpp")
-SETTINGS = ServeSettings(threads=1, parallel=2)
+SETTINGS = ServeSettings(threads=1, parallel=2, context=512)
+EXACT = {"exact": True, "parallel": 2}
+CHUNK = 128
 TOLERANCE = {"transformers": 1e-4, "llama.cpp": 0.05}  # llama.cpp's cache is float16
 MESSAGES = [{"role": "user", "content": "The quick brown fox"}]
 
@@ -78,12 +80,18 @@ def serving(tiny):
     with ExitStack() as stack:
 
         def get(model, engine):
-            if (model, engine) not in servers:
+            return exactly(model, engine, {"parallel": 2})
+
+        def exactly(model, engine, settings):
+            key = (model, engine, *settings)
+            if key not in servers:
                 artifact = tiny(model).directory if engine == "transformers" else tiny(model).gguf
-                opened = open_artifact(artifact, SETTINGS)
+                opened = open_artifact(artifact, replace(SETTINGS, **settings))
                 assert opened.engine.name == engine
-                servers[model, engine] = stack.enter_context(running(opened.engine, parallel=2))
-            return servers[model, engine]
+                servers[key] = stack.enter_context(running(opened.engine, **settings))
+            return servers[key]
+
+        get.exactly = exactly
 
         yield get
 
@@ -92,6 +100,13 @@ def serving(tiny):
 def case(request, tiny, serving) -> tuple[Tiny, Running, str]:
     model, engine = request.param
     return tiny(model), serving(model, engine), engine
+
+
+@pytest.fixture(params=[(model, engine) for model in MODELS for engine in ENGINES], ids="-".join)
+def exact_case(request, tiny, serving) -> tuple[Tiny, Running, str]:
+    """One sequence a step: replies are the same to the bit whatever else runs."""
+    model, engine = request.param
+    return tiny(model), serving.exactly(model, engine, EXACT), engine
 
 
 @pytest.fixture(params=ENGINES)
@@ -133,8 +148,8 @@ def test_a_stream_has_the_text_and_logprobs_of_the_whole(case):
     assert streamed == whole["logprobs"]["content"]
 
 
-def test_same_seed_same_text_beside_others_too(case):
-    _, server, _ = case
+def test_same_seed_same_text_beside_others_too(exact_case):
+    _, server, _ = exact_case
     found = {}
 
     def ask(place, seed):
@@ -167,14 +182,29 @@ def test_logprobs_of_the_prompt_and_the_reply_are_the_model_s(case):
     assert max(np.abs(a[0] - b[0]) for a, b in zip(best, tops, strict=True)) < TOLERANCE[engine]
 
 
-def test_reuse_of_a_prefix_changes_no_bit(case):
-    tiny, server, _ = case
+def test_reuse_of_a_prefix_changes_no_bit(exact_case):
+    tiny, server, engine = exact_case
     prompt = [(5 * i * i + i + 3) % 200 + 5 for i in range(2 * CHUNK + 30)]
     body = {"prompt": prompt, "max_tokens": 10, "logprobs": 2, "seed": 1}
     first, second, third = [server.post("/v1/completions", body).json() for _ in range(3)]
     assert second["choices"] == first["choices"] == third["choices"]
     cached = third["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached == (0 if tiny.name == "gemma3" else 2 * CHUNK), "a sliding window can't be gone back in"
+    windowed = tiny.name == "gemma3" and engine == "llama.cpp"
+    assert cached == (0 if windowed else 2 * CHUNK), "a sliding window can't be gone back in"
+
+
+def test_a_reused_prefix_gives_the_same_logprobs(case):
+    _, server, engine = case
+    prompt = [(11 * i * i + i + 3) % 200 + 5 for i in range(100)]
+    body = {"max_tokens": 1, "logprobs": 3, "temperature": 0}
+    whole = {"prompt": [*prompt, 9, 10, 11], **body}
+    before = server.post("/v1/completions", whole).json()
+    server.post("/v1/completions", {"prompt": [7] * 200, **body})
+    server.post("/v1/completions", {"prompt": [8] * 200, **body})
+    after = server.post("/v1/completions", whole).json()
+    assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == len(prompt) + 2
+    logprobs = [answer["choices"][0]["logprobs"]["token_logprobs"] for answer in (before, after)]
+    np.testing.assert_allclose(*logprobs, atol=TOLERANCE[engine] / 5)
 
 
 def test_stop_string_across_tokens(plain):
@@ -261,12 +291,12 @@ def test_sequences_do_not_see_each_other(engine, tiny):
     prompts = [[(a * i * i + i) % 250 + 5 for i in range(40)] for a in (3, 7)]
     sequences = [model.open(prompt) for prompt in prompts]
     for sequence, prompt in zip(sequences, prompts, strict=True):
-        model.prefill(sequence, prompt, every_row=False)
+        model.step([Piece(sequence, prompt, 0)])
     for token in (9, 99):
-        rows = model.step(sequences, [token, token + 1])
+        rows = model.step([Piece(sequence, [token + shift], 1) for shift, sequence in enumerate(sequences)])
     for row, prompt, shift in zip(rows, prompts, (0, 1), strict=True):
         wanted = tiny("llama").logprobs([*prompt, 9 + shift, 99 + shift])[-1]
-        np.testing.assert_allclose(log_softmax(row), wanted, atol=TOLERANCE[engine])
+        np.testing.assert_allclose(log_softmax(row[0]), wanted, atol=TOLERANCE[engine])
 
 
 REFUSALS = {
@@ -344,6 +374,11 @@ def test_added_tokens_are_their_own_letters(tmp_path):
 
 
 def test_a_context_beyond_the_trained_one_is_refused_before_it_is_allocated(tiny, monkeypatch):
-    monkeypatch.setattr("llama_cpp.llama_init_from_model", lambda *_: pytest.fail("was allocated"))
+    make = llama_cpp.llama_init_from_model
+
+    def small(model, params):
+        return make(model, params) if params.n_ctx <= 512 else pytest.fail("was allocated")
+
+    monkeypatch.setattr("llama_cpp.llama_init_from_model", small)
     with pytest.raises(InputError, match="context 1000000: this model was trained for 512 tokens at most"):
         open_artifact(tiny("llama").gguf, ServeSettings(threads=1, parallel=2, context=1_000_000))

@@ -238,7 +238,7 @@ def test_a_failing_request_is_500_and_the_next_one_works(server):
 def test_a_failure_in_the_middle_of_a_stream_is_an_event():
     engine = ScriptedEngine()
     step = engine.step
-    engine.step = lambda sequences, tokens: 1 / 0 if len(engine.calls) > 4 else step(sequences, tokens)
+    engine.step = lambda pieces: 1 / 0 if len(engine.calls) > 4 else step(pieces)
     with running(engine) as server:
         events = server.events(PLAIN, {"prompt": "say:abcdefgh"})
         assert set(events[-1]) == {"error"}
@@ -296,7 +296,7 @@ def raw_request(url, body):
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps({"model": "model", **body}).encode()
     connection = socket.create_connection((host, int(port)))
-    head = f"POST {PLAIN} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {PLAIN} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
     connection.sendall(head.encode() + data)
     return connection
 
