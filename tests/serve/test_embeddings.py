@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmlite.errors import InputError
 from llmlite.serve.engines import open_artifact
-from llmlite.serve.engines.base import CHUNK
+from llmlite.serve.engines.pooling import CHUNK
 from llmlite.serve.engines.transformers_embed import read_pooling
 from llmlite.serve.settings import ServeSettings
 from tests.serve.conftest import error_of, running
