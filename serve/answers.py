@@ -14,6 +14,8 @@ from llmlite.serve.errors import as_api_error
 from llmlite.serve.generation import Delta, TokenScore
 from llmlite.serve.inbox import Failed, Inbox
 from llmlite.serve.models import Served
+from llmlite.serve.tools.calling import Calling
+from llmlite.serve.tools.parser import Arguments, Begun, CallParser, Event, Text
 
 UNLIKELY = -9999.0
 """OpenAI's least log-probability; JSON has no minus infinity."""
@@ -83,33 +85,71 @@ class Answer:
 
 
 class ChatAnswer(Answer):
+    """``calling``: the tools that may be called; calls are then read from the text, streamed as they are written."""
+
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def __init__(self, served: Served, prompts: list[int], include_usage: bool, logprobs: bool) -> None:
+    def __init__(
+        self, served: Served, prompts: list[int], include_usage: bool, logprobs: bool, calling: Calling | None = None
+    ) -> None:
         super().__init__(served, prompts, len(prompts), include_usage)
         self._logprobs = logprobs
+        self._parsers: list[CallParser] = []
+        if calling is not None:
+            names = frozenset(function.name for function in calling.functions)
+            self._parsers = [CallParser(calling.format, names) for _ in prompts]
+        self._scored: list[list[TokenScore]] = [[] for _ in prompts]
 
     def opening(self) -> list[dict[str, Any]]:
-        role = {"role": "assistant", "content": ""}
+        role = {"role": "assistant", "content": None if self._parsers else ""}
         return [self._piece(index, role, None, None) for index in range(self.choices)]
 
     def pieces(self, index: int, delta: Delta) -> list[dict[str, Any]]:
-        pieces = []
-        if delta.text or delta.scores:
-            pieces.append(self._piece(index, {"content": delta.text}, self._scores(delta.scores), None))
+        """Scores go with the first piece after their tokens."""
+        self._scored[index] += delta.scores
+        bodies = [_streamed(event) for event in self._events(index, delta)]
+        if not self._parsers and delta.scores and not bodies:
+            bodies = [{"content": ""}]
+        pieces = [self._piece(index, body, self._take_scores(index), None) for body in bodies]
         if delta.finish:
-            pieces.append(self._piece(index, {}, None, delta.finish))
+            left = self._take_scores(index) if self._scored[index] else None
+            pieces.append(self._piece(index, {}, left, self._finish(index, delta.finish)))
         return pieces
 
     def choice(self, index: int, deltas: list[Delta]) -> dict[str, Any]:
-        text = "".join(delta.text for delta in deltas)
+        text, calls = "", []
+        for delta in deltas:
+            for event in self._events(index, delta):
+                match event:
+                    case Text():
+                        text += event.text
+                    case Begun():
+                        calls.append(_call(event))
+                    case Arguments():
+                        calls[-1]["function"]["arguments"] += event.text
+        message = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
+        finish = deltas[-1].finish
         return {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
+            "message": {**message, "tool_calls": calls} if calls else message,
             "logprobs": self._scores([score for delta in deltas for score in delta.scores]),
-            "finish_reason": deltas[-1].finish,
+            "finish_reason": None if finish is None else self._finish(index, finish),
         }
+
+    def _events(self, index: int, delta: Delta) -> list[Event]:
+        if not self._parsers:
+            return [Text(delta.text)] if delta.text else []
+        parser = self._parsers[index]
+        return parser.push(delta.text) + (parser.finish() if delta.finish else [])
+
+    def _finish(self, index: int, finish: str) -> str:
+        called = bool(self._parsers) and self._parsers[index].complete
+        return "tool_calls" if called and finish == "stop" else finish
+
+    def _take_scores(self, index: int) -> dict[str, Any] | None:
+        scores, self._scored[index] = self._scored[index], []
+        return self._scores(scores)
 
     def _piece(self, index: int, delta: dict[str, Any], logprobs: Any, finish: str | None) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
@@ -129,6 +169,20 @@ class ChatAnswer(Answer):
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         data = self.engine.token_bytes(token, special=True)
         return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, UNLIKELY), "bytes": list(data)}
+
+
+def _call(event: Begun) -> dict[str, Any]:
+    return {
+        "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": {"name": event.name, "arguments": ""}
+    }  # fmt: skip
+
+
+def _streamed(event: Event) -> dict[str, Any]:
+    """An event as the delta of a chunk."""
+    if isinstance(event, Text):
+        return {"content": event.text}
+    more = _call(event) if isinstance(event, Begun) else {"function": {"arguments": event.text}}
+    return {"tool_calls": [{"index": event.index, **more}]}
 
 
 class CompletionAnswer(Answer):

@@ -15,6 +15,7 @@ from llmlite.serve.engines.base import NoRoom
 from llmlite.serve.inbox import ClientGone
 from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown, TooLate
 from llmlite.serve.schema import BRANCHES
+from llmlite.serve.structured.matcher import GrammarTooHard
 
 UNION_BRANCHES = (*BRANCHES, "<message>", "<function_call>", "<function_call_output>")
 
@@ -83,6 +84,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, f"this request could not be finished: {error}", code="no_room")
         case TooLate(seconds=seconds):
             return ApiError(504, f"the request took longer than the {seconds:g} s it had", code="timeout")
+        case GrammarTooHard():
+            return ApiError(400, f"the grammar could not be followed to its end: {error}", code="grammar_too_hard")
         case ClientGone():
             return ApiError(499, "the client hung up")
         case _:
@@ -129,7 +132,8 @@ def wrong_field(
     problem: Mapping[str, Any], place: tuple[str | int, ...], named: Callable[[str], str] = str
 ) -> ApiError:
     """A problem that pydantic found at ``place`` of a body, as a refusal; ``named``: what the client calls a field."""
-    param = named(problem.get("ctx", {}).get("param") or _field_path(place))
+    context = problem.get("ctx", {})
+    param = named(context.get("param") or _field_path((*place, *context.get("field", "").split("."))))
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: this server does not know this field", param, "unknown_parameter")
     if problem["type"] == "missing":
@@ -141,7 +145,7 @@ def wrong_field(
 
 def _field_path(loc: tuple[str | int, ...]) -> str:
     """As in messages.0.content, without the branches of unions, which pydantic puts in."""
-    return ".".join(str(part) for part in loc if part not in UNION_BRANCHES)
+    return ".".join(str(part) for part in loc if part != "" and part not in UNION_BRANCHES)
 
 
 def _printable(text: str) -> str:

@@ -20,7 +20,8 @@ class Work:
     """What one sequence is to do. ``len(prompt) + max_tokens`` fits the engine's context; the prompt isn't empty.
 
     ``top_logprobs`` None: no log-probabilities; ``score_prompt``: those of the prompt's tokens, too; ``adapter``:
-    the low-rank adapter to run with; ``constraint`` makes the state of the grammar that the output must follow.
+    the low-rank adapter to run with; ``constraint`` makes the state of the grammar that the output must follow;
+    ``shown``: control tokens whose letters are part of the text.
     """
 
     prompt: list[int]
@@ -33,6 +34,7 @@ class Work:
     score_prompt: bool = False
     adapter: str | None = None
     constraint: Callable[[], Constraint] | None = None
+    shown: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ class Generation:
             self._drafter.accept(token)
         if self.work.top_logprobs is not None:
             self._pending.append(self._score(log_softmax(logits), token, self._text.length))
-        text = self._text.push(self._engine.token_bytes(token, special=False))
+        text = self._text.push(self._engine.token_bytes(token, special=token in self.work.shown))
         if self._text.stopped:
             return text, "stop"
         if self.generated == self.work.max_tokens:

@@ -6,61 +6,32 @@ is refused as unknown.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
     Discriminator,
     Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
     StrictBool,
     StrictInt,
-    StrictStr,
     Tag,
     WithJsonSchema,
     model_validator,
 )
-from pydantic_core import CoreSchema, PydanticCustomError
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic_core import PydanticCustomError
+
+from llmlite.serve.fields import Strict, Text, between, only, unicode_text
+from llmlite.serve.fields_output import (
+    MAX_TOOLS,
+    AllowedTools,
+    NamedTool,
+    ResponseFormat,
+    StructuredOutputs,
+    Tool,
+    ToolCall,
+)
 
 MAX_CHOICES = 128
-
-
-@dataclass(frozen=True)
-class Only:
-    """See `only`. The OpenAPI document lists what passes."""
-
-    values: tuple[object, ...]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"enum": [None, *self.values]}
-
-    def _check(self, value: object) -> object:
-        if value is None or any(type(value) is type(same) and value == same for same in self.values):
-            return value
-        raise PydanticCustomError("unsupported", "this server does not support it")
-
-
-def only(*neutral: object) -> Only:
-    """For a field this server doesn't serve: null and ``neutral`` ask for nothing and pass."""
-    return Only(neutral)
-
-
-def _unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair; no tokenizer can read it."""
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise PydanticCustomError("unicode", "has half a surrogate pair in it, which is no character")
-    return text
-
-
-Text = Annotated[StrictStr, AfterValidator(_unicode)]
 
 
 def _stop_list(value: object) -> list[str]:
@@ -71,7 +42,7 @@ def _stop_list(value: object) -> list[str]:
         raise PydanticCustomError("stop", "must be a string or a list of strings")
     if len(stops) > 16 or not all(0 < len(stop) <= 1024 for stop in stops):
         raise PydanticCustomError("stop", "takes up to 16 strings of 1 to 1024 characters")
-    return [_unicode(stop) for stop in stops]
+    return [unicode_text(stop) for stop in stops]
 
 
 def _bias_table(value: object) -> dict[int, float]:
@@ -103,17 +74,6 @@ BIASES = {
 """What `_stop_list` and `_bias_table` take, for the OpenAPI document."""
 
 
-def between(low: float, high: float) -> Any:
-    """A number of the annotated type, not another that could be turned into it, within the range."""
-    return Field(strict=True, ge=low, le=high)
-
-
-class Strict(BaseModel):
-    """Refuses fields it doesn't know."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
 class StreamOptions(Strict):
     include_usage: StrictBool | None = None
     include_obfuscation: Annotated[Any, only(False)] = None
@@ -122,8 +82,9 @@ class StreamOptions(Strict):
 class Generating(Strict):
     """What chat and plain completions share. Null means the default, as OpenAI has it.
 
-    Two extensions: ``top_k`` draws from the k likeliest tokens (0: from all), ``min_p`` only from those with at least
-    this share of the likeliest one's probability.
+    Extensions: ``top_k`` draws from the k likeliest tokens (0: from all), ``min_p`` only from those with at least
+    this share of the likeliest one's probability; ``grammar`` (GBNF, as llama-server takes it) and
+    ``structured_outputs`` (as vLLM takes it) hold the answer to a grammar.
     """
 
     model: Text
@@ -136,16 +97,20 @@ class Generating(Strict):
     top_k: Annotated[int, between(0, 2**31)] | None = None
     min_p: Annotated[float, between(0, 1)] | None = None
     seed: Annotated[int, between(-(2**63), 2**63 - 1)] | None = None
-    stop: Annotated[Any, AfterValidator(_stop_list), WithJsonSchema(STOPS)] = []
+    stop: Annotated[Any, AfterValidator(_stop_list), WithJsonSchema(STOPS), Field(default_factory=list)]
     frequency_penalty: Annotated[float, between(-2, 2)] | None = None
     presence_penalty: Annotated[float, between(-2, 2)] | None = None
-    logit_bias: Annotated[Any, AfterValidator(_bias_table), WithJsonSchema(BIASES)] = {}
+    logit_bias: Annotated[Any, AfterValidator(_bias_table), WithJsonSchema(BIASES), Field(default_factory=dict)]
     user: Annotated[Text | None, Field(description="an identifier; never changes an answer")] = None
+    grammar: Text | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _stream_options_with_stream(self) -> Generating:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("stream_options", "only allowed with stream: true", {"param": "stream_options"})
+        if self.grammar is not None and self.structured_outputs is not None:
+            raise PydanticCustomError("grammar", "does not go with structured_outputs", {"param": "grammar"})
         return self
 
     @property
@@ -169,7 +134,16 @@ def _prompt_kind(value: object) -> str | None:
     return LIST if isinstance(first, str) else IDS if isinstance(first, int) else ID_LISTS
 
 
-STRING, LIST, IDS, ID_LISTS = BRANCHES = ("<string>", "<list>", "<ids>", "<id lists>")
+def _choice_kind(value: object) -> str | None:
+    if isinstance(value, str):
+        return STRING
+    kind = value.get("type") if isinstance(value, dict) else None
+    return {"function": NAMED, "allowed_tools": ALLOWED}.get(kind) if isinstance(kind, str) else None
+
+
+STRING, LIST, IDS, ID_LISTS, NAMED, ALLOWED = BRANCHES = (
+    "<string>", "<list>", "<ids>", "<id lists>", "<named>", "<allowed>",
+)  # fmt: skip
 Content = Annotated[
     Annotated[Text, Tag(STRING)] | Annotated[list[TextPart], Tag(LIST)],
     Discriminator(
@@ -187,22 +161,62 @@ Prompt = Annotated[
 ]
 
 
-class Message(Strict):
-    """One message; content parts other than text, names and tool calls are refused."""
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag(STRING)]
+    | Annotated[NamedTool, Tag(NAMED)]
+    | Annotated[AllowedTools, Tag(ALLOWED)],
+    Discriminator(
+        _choice_kind,
+        custom_error_type="tool_choice",
+        custom_error_message="must be none, auto, required, or an object of type function or allowed_tools",
+    ),
+]
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: Annotated[Any, only()] = None
+
+class Message(Strict):
+    """One message; content parts other than text are refused, and names but for those of tools' results."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: Text | None = None
     refusal: Annotated[Any, only()] = None
     audio: Annotated[Any, only()] = None
     annotations: Annotated[Any, only([])] = None
     function_call: Annotated[Any, only()] = None
-    tool_calls: Annotated[Any, only([])] = None
+    tool_calls: Annotated[list[ToolCall] | None, Field(max_length=MAX_TOOLS)] = None
+    tool_call_id: Text | None = None
 
-    def plain(self) -> dict[str, str]:
+    @model_validator(mode="after")
+    def _as_its_role_has_it(self) -> Message:
+        tool = self.role == "tool"
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            raise PydanticCustomError("missing", "is required", {"field": "content"})
+        if self.name is not None and not tool:
+            raise PydanticCustomError("unsupported", "this server does not support it", {"field": "name"})
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("tool_calls", "only the assistant calls tools", {"field": "tool_calls"})
+        if tool and self.tool_call_id is None:
+            raise PydanticCustomError("missing", "is required", {"field": "tool_call_id"})
+        if self.tool_call_id is not None and not tool:
+            raise PydanticCustomError("tool_call_id", "goes with role tool", {"field": "tool_call_id"})
+        for number, call in enumerate(self.tool_calls or []):
+            try:
+                call.plain()
+            except (ValueError, RecursionError):
+                field = f"tool_calls.{number}.function.arguments"
+                raise PydanticCustomError("arguments", "must be a JSON object as text", {"field": field}) from None
+        return self
+
+    def plain(self) -> dict[str, Any]:
         """As templates want it: text parts joined by newlines, "developer" under its older name "system"."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+        parts = [] if self.content is None else self.content
+        text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+        message: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": text}
+        if self.tool_calls:
+            message["tool_calls"] = [call.plain() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        return message
 
 
 class ChatRequest(Generating):
@@ -220,16 +234,16 @@ class ChatRequest(Generating):
     metadata: Annotated[Any, only({})] = None
     modalities: Annotated[Any, only(["text"])] = None
     moderation: Annotated[Any, only()] = None
-    parallel_tool_calls: Annotated[Any, only()] = None
+    parallel_tool_calls: StrictBool | None = None
     prediction: Annotated[Any, only()] = None
     prompt_cache_options: Annotated[Any, only()] = None
     prompt_cache_retention: Annotated[Any, only("in_memory")] = None
     reasoning_effort: Annotated[Any, only()] = None
-    response_format: Annotated[Any, only({"type": "text"})] = None
+    response_format: ResponseFormat | None = None
     service_tier: Annotated[Any, only("auto", "default")] = None
     store: Annotated[Any, only(False)] = None
-    tool_choice: Annotated[Any, only("none")] = None
-    tools: Annotated[Any, only([])] = None
+    tool_choice: ToolChoice | None = None
+    tools: Annotated[list[Tool] | None, Field(max_length=MAX_TOOLS)] = None
     verbosity: Annotated[Any, only()] = None
     web_search_options: Annotated[Any, only()] = None
 
@@ -242,6 +256,37 @@ class ChatRequest(Generating):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise PydanticCustomError("max_tokens", "differs from max_completion_tokens", {"param": "max_tokens"})
         return self
+
+    @model_validator(mode="after")
+    def _tools_that_there_are(self) -> ChatRequest:
+        called: set[str] = set()
+        for number, message in enumerate(self.messages):
+            called |= {call.id for call in message.tool_calls or []}
+            if message.tool_call_id is not None and message.tool_call_id not in called:
+                field = f"messages.{number}.tool_call_id"
+                raise PydanticCustomError("tool_call_id", "no message before has a call with this id", {"param": field})
+        names = [tool.function.name for tool in self.tools or []]
+        if len(set(names)) < len(names):
+            raise PydanticCustomError("tools", "two functions have the same name", {"param": "tools"})
+        wanted = self.tool_names
+        if not names and (wanted or self.tool_choice == "required"):
+            raise PydanticCustomError("tool_choice", "only allowed with tools", {"param": "tool_choice"})
+        if not names and self.parallel_tool_calls is not None:
+            field = "parallel_tool_calls"
+            raise PydanticCustomError(field, "only allowed with tools", {"param": field})
+        if unknown := [name for name in wanted if name not in names]:
+            reason = f"there is no function {unknown[0]!r} among the tools"
+            raise PydanticCustomError("tool_choice", "{reason}", {"param": "tool_choice", "reason": reason})
+        return self
+
+    @property
+    def tool_names(self) -> list[str]:
+        """The functions that ``tool_choice`` names."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedTools):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return []
 
 
 class CompletionRequest(Generating):

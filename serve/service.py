@@ -14,13 +14,23 @@ import numpy as np
 
 import llmlite
 from llmlite.errors import InputError
+from llmlite.serve.constraint import Constraint
 from llmlite.serve.engines import Opened
+from llmlite.serve.engines.base import ChatTemplateError
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.generation import Work
 from llmlite.serve.sampling import Sampling
 from llmlite.serve.scheduler import EngineDead, QueueFull, Scheduler, SchedulerSettings, ShuttingDown
 from llmlite.serve.schema import Generating
 from llmlite.serve.settings import ServeSettings
+from llmlite.serve.shape import grammar_of
+from llmlite.serve.structured.compiler import Compiler
+from llmlite.serve.structured.grammar import Grammar
+from llmlite.serve.structured.schema import InvalidGrammar
+from llmlite.serve.tools.calling import Calling
+from llmlite.serve.tools.formats import format_of
+from llmlite.serve.tools.grammar import arguments_grammar
+from llmlite.serve.tools.prompt import conversation, without_system
 
 if TYPE_CHECKING:
     from llmlite.serve.models import ModelSpec
@@ -50,6 +60,8 @@ class Service:
         self._embeddings = 0  # texts that are embedded or wait for it
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         engine = self.engine
+        self.call_format = format_of(engine.tool_template)
+        self._compiler = Compiler(engine, self.call_format.markers)
         identity = "\n".join([spec.name, engine.name, engine.version, llmlite.__version__, repr(self.manifest)])
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
@@ -58,12 +70,47 @@ class Service:
         self.scheduler.drain()
         self.scheduler.stop()
         self._text_thread.shutdown()
+        self._compiler.close()
         self.engine.close_model()
 
-    async def encode(self, what: str | list[dict[str, str]]) -> list[int]:
-        """Token ids of a text or a conversation, off the event loop: a megabyte takes a second."""
-        call = self.engine.encode if isinstance(what, str) else self.engine.encode_chat
-        return await asyncio.get_running_loop().run_in_executor(self._text_thread, call, what)  # type: ignore[arg-type]
+    async def encode(self, text: str) -> list[int]:
+        """Token ids of a text, off the event loop: a megabyte takes a second."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, self.engine.encode, text)
+
+    async def encode_chat(self, messages: list[dict[str, Any]], calling: Calling | None = None) -> list[int]:
+        """Token ids of a conversation in which the model is told of its tools. Raises `ChatTemplateError`."""
+        work = self._encode_chat
+        return await asyncio.get_running_loop().run_in_executor(self._text_thread, work, messages, calling)
+
+    def _encode_chat(self, messages: list[dict[str, Any]], calling: Calling | None) -> list[int]:
+        told = conversation(messages, self.call_format, calling)
+        if self.call_format.native:
+            return self.engine.encode_chat(told, None if calling is None else calling.tools())
+        try:
+            return self.engine.encode_chat(told)
+        except ChatTemplateError:
+            if calling is None:
+                raise
+            return self.engine.encode_chat(without_system(told))
+
+    async def constrained(self, works: list[Work], request: Generating, calling: Calling | None = None) -> list[Work]:
+        """``works`` held to the form that the request wants of its answer. Raises 400 for one that can't be held to."""
+        try:
+            grammar = grammar_of(request, calling)
+            if grammar is None:
+                return works
+            constraint = await self._compile(grammar, calling)
+        except InvalidGrammar as error:
+            raise ApiError(400, str(error), error.field, "invalid_value") from None
+        return [replace(work, constraint=constraint, shown=self._compiler.shown) for work in works]
+
+    async def _compile(self, grammar: Grammar, calling: Calling | None) -> Callable[[], Constraint]:
+        try:
+            return await self._compiler.compile(grammar)
+        except InvalidGrammar:
+            for function in () if calling is None else calling.functions:  # which of them was it?
+                await self._compiler.compile(arguments_grammar(function))
+            raise
 
     async def embed(self, prompt: list[int], gone: Callable[[], Awaitable[bool]]) -> np.ndarray:
         """The vector of one text, float32 [width] of length 1. Other work has its turn between two pieces of it.

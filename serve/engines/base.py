@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -83,13 +83,17 @@ class Engine(Protocol):
     batch: int
     outputs: int
     eos: frozenset[int]
+    tool_template: str | None
+    """The chat template that is rendered where there are tools; None without any."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the BOS token the model wants, once."""
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Token ids of a conversation by the model's own chat template, up to where the assistant speaks.
 
+        ``messages`` have role and content, and where they apply tool_calls (their arguments as objects), tool_call_id
+        and name; ``tools`` are OpenAI's tool objects.
         Raises `ChatTemplateError` without a template, or with the template's own message where it refuses.
         """
 

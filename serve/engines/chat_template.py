@@ -39,11 +39,13 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def render(template: str, messages: list[dict[str, str]], special: dict[str, str]) -> str:
+def render(
+    template: str, messages: list[dict[str, Any]], special: dict[str, str], tools: list[dict[str, Any]] | None = None
+) -> str:
     """The prompt text of a conversation, the assistant's turn opened.
 
     ``special``: bos_token and eos_token as text. The template is a stranger's program: it runs in jinja2's
-    immutable sandbox, over plain strings. Raises `ChatTemplateError` with the template's message where it refuses.
+    immutable sandbox, over plain data. Raises `ChatTemplateError` with the template's message where it refuses.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
@@ -51,8 +53,9 @@ def render(template: str, messages: list[dict[str, str]], special: dict[str, str
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
+    words = {"messages": messages, "tools": tools, "add_generation_prompt": True}
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True, **special)
+        return environment.from_string(template).render(**words, **special)
     except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise refused(error) from error
 

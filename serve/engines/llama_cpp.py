@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -67,8 +68,8 @@ class LlamaCppEngine:
         self._embedder: LlamaEmbedder | None = None
         self.store = self._open_store(file, settings)
         self._slots = Slots(self.slots, self, self.store, EXACT_CHUNK if settings.exact else 1)
-        template = api.llama_model_chat_template(self._llama.model, None)
-        self._template = None if template is None else template.decode("utf-8", "replace")
+        self._template = self._chat_template(None)
+        self.tool_template = self._chat_template(b"tool_use") or self._template
         self._special = {
             "bos_token": self._token_text(api.llama_vocab_bos(self._llama.vocab)),
             "eos_token": self._token_text(api.llama_vocab_eos(self._llama.vocab)),
@@ -78,10 +79,11 @@ class LlamaCppEngine:
     def encode(self, text: str) -> list[int]:
         return with_bos(self._llama.tokenize(text, special=True).tolist(), self._llama.bos)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
-        if self._template is None:
+    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+        template = self.tool_template if tools else self._template
+        if template is None:
             raise ChatTemplateError(chat_template.NO_TEMPLATE)
-        text = chat_template.render(self._template, messages, self._special)
+        text = chat_template.render(template, messages, self._special, tools)
         return self._llama.tokenize(text, special=True).tolist()
 
     def token_bytes(self, token: int, special: bool) -> bytes:
@@ -224,6 +226,10 @@ class LlamaCppEngine:
         return not (
             api.llama_model_n_swa(model) or api.llama_model_is_recurrent(model) or api.llama_model_is_hybrid(model)
         )
+
+    def _chat_template(self, name: bytes | None) -> str | None:
+        template = self._api.llama_model_chat_template(self._llama.model, name)
+        return None if template is None else template.decode("utf-8", "replace")
 
     def _token_text(self, token: int) -> str:
         return "" if token < 0 else self._llama.piece(token, special=True).decode("utf-8", "replace")

@@ -12,6 +12,7 @@ from llmlite.serve.errors import ApiError
 from llmlite.serve.generation import Work
 from llmlite.serve.routes.answering import Using, require_json
 from llmlite.serve.schema import ChatRequest
+from llmlite.serve.shape import calling_of
 
 router = APIRouter()
 
@@ -29,16 +30,21 @@ async def prepare(using: Using, body: ChatRequest, field: str) -> tuple[list[Wor
 
     Every endpoint that answers a conversation goes through here. Raises 400 for what can't be answered.
     """
+    service = using.served.service
     prompt = await prompt_of(using, body, field)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     top = (body.top_logprobs or 0) if body.logprobs else None
-    works = using.served.service.works(body, prompt, field, limit, top, using.served.adapter)
-    return works, ChatAnswer(using.served, [len(prompt)] * len(works), body.include_usage, top is not None)
+    works = service.works(body, prompt, field, limit, top, using.served.adapter)
+    calling = calling_of(body, service.call_format)
+    works = await service.constrained(works, body, calling)
+    return works, ChatAnswer(using.served, [len(prompt)] * len(works), body.include_usage, top is not None, calling)
 
 
 async def prompt_of(using: Using, body: ChatRequest, field: str) -> list[int]:
     """Token ids of a conversation by the model's template; raises 400 with the template's words where it refuses."""
+    service = using.served.service
     try:
-        return await using.served.service.encode([message.plain() for message in body.messages])
+        messages = [message.plain() for message in body.messages]
+        return await service.encode_chat(messages, calling_of(body, service.call_format))
     except ChatTemplateError as error:
         raise ApiError(400, str(error), field, "chat_template") from None

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse, Response
 
 from llmlite.serve.documents import Tokens, TokenText, answers
+from llmlite.serve.retelling import chat_request
 from llmlite.serve.routes.answering import Using, models_of, require_json
 from llmlite.serve.routes.chat import prompt_of
 from llmlite.serve.routes.completions import check_ids
-from llmlite.serve.schema import ChatRequest
 from llmlite.serve.service import Service
 from llmlite.serve.tokens_schema import DetokenizeRequest, TokenizeRequest
 
@@ -25,7 +25,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     async with Using(request, name) as using:
         service = using.served.service
         if body.messages is not None:
-            tokens = await prompt_of(using, ChatRequest(model=name, messages=body.messages), "messages")
+            places = [f"messages.{number}" for number in range(len(body.messages))]
+            asked = chat_request({"model": name, "messages": body.messages}, {}, places)
+            tokens = await prompt_of(using, asked, "messages")
         else:
             tokens = await _text_ids(service, body.content or "", bool(body.add_special))
         shown: list[Any] = [_piece(service, token) for token in tokens] if body.with_pieces else list(tokens)

@@ -26,8 +26,11 @@ class ScriptedEngine:
     vocab_size = 260
     eos = frozenset({EOS})
 
+    tool_template: str | None = None
+
     def __init__(self, context: int = 2048, slots: int = 1, cells: int | None = None, can_cut: bool = True):
         self.context, self.slots, self.cells, self.can_cut = context, slots, cells, can_cut
+        self.told: tuple[list, list | None] = ([], None)  # the last messages and tools
         self.batch, self.outputs = 512, 512
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.store = PrefixStore("scripted", 2**20, whole=not can_cut)
@@ -40,7 +43,8 @@ class ScriptedEngine:
     def encode(self, text):
         return list(text.encode())
 
-    def encode_chat(self, messages):
+    def encode_chat(self, messages, tools=None):
+        self.told = (messages, tools)
         if any(message["role"] == "system" for message in messages):
             raise ChatTemplateError("the model's chat template refused these messages: no system role")
         return list("\n".join(message["content"] for message in messages).encode())

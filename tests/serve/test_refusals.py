@@ -15,10 +15,9 @@ JSON = {"content-type": "application/json"}
 
 REFUSED_IN_CHAT = {
     "audio": {}, "function_call": "auto", "functions": [{}], "metadata": {"a": "b"}, "modalities": ["audio"],
-    "moderation": {"model": "x"}, "parallel_tool_calls": True, "prediction": {"type": "content", "content": "x"},
+    "moderation": {"model": "x"}, "prediction": {"type": "content", "content": "x"},
     "prompt_cache_options": {"mode": "implicit"}, "prompt_cache_retention": "24h", "reasoning_effort": "low",
-    "response_format": {"type": "json_object"}, "service_tier": "flex", "store": True, "tool_choice": "auto",
-    "tools": [{"type": "function", "function": {"name": "f"}}], "verbosity": "low", "web_search_options": {},
+    "service_tier": "flex", "store": True, "verbosity": "low", "web_search_options": {},
 }  # fmt: skip
 REFUSED_IN_COMPLETIONS = {"best_of": 2, "suffix": "x"}
 OUT_OF_RANGE = {
@@ -90,9 +89,10 @@ def test_unknown_fields_are_named(server):
         ([{"content": "a"}], "messages.0.role"),
         ([{"role": "user", "content": None}], "messages.0.content"),
         ([{"role": "user", "content": 1}], "messages.0.content"),
-        ([{"role": "tool", "content": "a"}], "messages.0.role"),
+        ([{"role": "function", "content": "a"}], "messages.0.role"),
+        ([{"role": "tool", "content": "a"}], "messages.0.tool_call_id"),
         ([{"role": "user", "content": "a", "name": "bob"}], "messages.0.name"),
-        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "messages.0.tool_calls"),
+        ([{"role": "user", "content": "a", "tool_calls": [{}]}], "messages.0.tool_calls.0.id"),
         (
             [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
             "messages.0.content.0.type",
@@ -128,7 +128,7 @@ def test_fields_that_need_another(server):
 
 def test_neutral_values_of_what_is_not_served_pass(server):
     neutral = {
-        "tools": None, "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+        "tools": [], "tool_choice": "none", "grammar": None, "parallel_tool_calls": None, "response_format": {"type": "text"}, "modalities": ["text"],
         "store": False, "service_tier": "auto", "metadata": None, "n": None, "stop": None, "logit_bias": None,
         "stream": False, "stream_options": None, "user": "me", "safety_identifier": "me", "prompt_cache_key": "k",
     }  # fmt: skip

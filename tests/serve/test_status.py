@@ -6,12 +6,8 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmlite.serve.keys import StoredKey
-from llmlite.serve.limits import Limits
-from tests.serve.conftest import error_of, running
+from tests.serve.conftest import error_of, key_file, running
 from tests.serve.scripted_engine import CONTROL, ScriptedEngine
-
-KEY = "a-key-of-some-twenty-odd-characters"
 
 
 def test_tokenize_text(server):
@@ -59,9 +55,7 @@ def test_a_model_that_is_not_served(server):
 
 
 def test_ready_until_it_drains_or_dies(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text(f"{StoredKey.of('me', KEY, Limits())}\n")
-    with running(ScriptedEngine(), api_key_file=keys) as server:
+    with running(ScriptedEngine(), api_key_file=key_file(tmp_path / "keys")) as server:
         assert httpx.get(f"{server.url}/ready").json() == {"status": "ready"}
         server.models.drain()
         error_of(httpx.get(f"{server.url}/ready"), 503, code="shutting_down")
