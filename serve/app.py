@@ -12,15 +12,27 @@ import llmlite
 from llmlite.serve import errors
 from llmlite.serve.guard import Guard, Record
 from llmlite.serve.keys import Keyring
+from llmlite.serve.metrics import Counting, Metrics
 from llmlite.serve.models import Models, ModelSpec
-from llmlite.serve.routes import chat, completions, messages, models, responses, status, upstream, web
+from llmlite.serve.routes import (
+    chat,
+    completions,
+    embeddings,
+    messages,
+    models,
+    responses,
+    status,
+    tokens,
+    upstream,
+    web,
+)
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.sizes import check_sizes
 from llmlite.serve.upstream.pool import Pool
 
-ROUTERS = (
-    status.router, models.router, chat.router, completions.router, responses.router, messages.router, web.router
-)  # fmt: skip
+ROUTERS = tuple(
+    part.router for part in (status, models, chat, completions, embeddings, responses, messages, tokens, web)
+)
 FRONT_ROUTERS = (upstream.router, web.router)
 
 
@@ -55,6 +67,9 @@ def _app(served: Models | Pool, routers: Sequence[APIRouter], settings: ServeSet
     app.state.models, app.state.keys, app.state.running = served, keys, running
     # The last one added is the outermost: what it sees is logged, and a browser's preflight has no key.
     app.add_middleware(Guard, settings=settings, keys=keys, draining=lambda: served.draining)
+    if isinstance(served, Models):
+        app.state.metrics = metrics = Metrics(served)
+        app.add_middleware(Counting, metrics=metrics)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"],

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import suppress
+from typing import Protocol
 
 from fastapi import Request
 
@@ -24,14 +26,45 @@ class Failed(Exception):
         self.error = error
 
 
+class Times(Protocol):
+    """Where the times of tokens are counted, in seconds."""
+
+    def first_token(self, model: str, seconds: float) -> None: ...
+
+    def next_tokens(self, model: str, seconds: float, tokens: int) -> None: ...
+
+
+class Watch:
+    """Tells `Times` when the tokens of one request's sequences come."""
+
+    def __init__(self, times: Times, model: str) -> None:
+        self._times = times
+        self._model = model
+        self._begun = time.monotonic()
+        self._last: dict[int, tuple[float, int]] = {}
+
+    def see(self, index: int, delta: Delta) -> None:
+        """One delta of a sequence has come."""
+        now = time.monotonic()
+        before, generated = self._last.get(index, (self._begun, 0))
+        new = delta.generated - generated
+        if new and index not in self._last:
+            self._times.first_token(self._model, now - before)
+        elif new:
+            self._times.next_tokens(self._model, now - before, new)
+        if new:
+            self._last[index] = (now, delta.generated)
+
+
 class Inbox:
     """Submits one request's work and receives its deltas. Watches the connection: a hang-up cancels the work.
 
     Made and used on the event loop. Raises what `Scheduler.submit` raises.
     """
 
-    def __init__(self, scheduler: Scheduler, works: list[Work], request: Request) -> None:
+    def __init__(self, scheduler: Scheduler, works: list[Work], request: Request, watch: Watch) -> None:
         self._scheduler = scheduler
+        self._times = watch
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[tuple[int, Delta | Exception]] = asyncio.Queue()
         self._unfinished = len(works)
@@ -47,6 +80,7 @@ class Inbox:
         index, delta = await self._queue.get()
         if isinstance(delta, Exception):
             raise Failed(delta)
+        self._times.see(index, delta)
         self._unfinished -= delta.finish is not None
         self._exchange.generated(index, delta.generated)
         return index, delta

@@ -64,6 +64,11 @@ class Model:
         self._loaded = 0.0
         self._again = 0.0
 
+    @property
+    def alive(self) -> bool:
+        """It is loaded and its engine runs."""
+        return self.service is not None and not self.service.scheduler.dead
+
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Service]:
         """The loaded service, which is not unloaded before this ends. Raises 503 while the engine is dead."""

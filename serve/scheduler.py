@@ -69,6 +69,7 @@ class Scheduler:
         self._refusal: Callable[[], Exception] | None = None
         self._stop = False
         self._dead = False
+        self._ended = False
         self._stats = Stats()
         self._thread = threading.Thread(target=self._own, name="engine", daemon=True)
 
@@ -115,18 +116,27 @@ class Scheduler:
             self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
 
     def ping(self) -> Future[dict[str, int]]:
-        """The engine thread's own answer, given between two steps: how many sequences run and wait."""
+        """The engine thread's own answer, given between two steps: how many sequences run and wait.
+
+        The future has `EngineDead` or `ShuttingDown` where nothing new is accepted.
+        """
+        with self._changed:
+            if self._refusal is not None:
+                refused: Future[dict[str, int]] = Future()
+                refused.set_exception(self._refusal())
+                return refused
         return self.call(lambda: {"running": len(self._running), "waiting": len(self._waiting) + len(self._suspended)})
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run a function on the engine thread, between two steps; it should take no longer than one.
 
-        The future has what it returned or raised, or `EngineDead` or `ShuttingDown`. One that is cancelled is not run.
+        The future has what it returned or raised, or `EngineDead` or `ShuttingDown` once the thread ends: work that
+        goes in many calls is finished while the scheduler drains. One that is cancelled is not run.
         """
         future: Future[T] = Future()
         with self._changed:
-            if self._refusal is not None:
-                future.set_exception(self._refusal())
+            if self._stop or self._ended:
+                future.set_exception((self._refusal or _shutting_down)())
             else:
                 self._calls.append(Call(future, function))
                 self._changed.notify()
@@ -326,6 +336,7 @@ class Scheduler:
     def _end(self, refusal: Callable[[], Exception]) -> None:
         with self._changed:
             self._refusal = refusal
+            self._ended = True
             orphans = [*self._running, *self._suspended, *self._waiting]
             self._running, self._suspended, self._waiting = [], [], deque()
             calls, self._calls = self._calls, deque()

@@ -6,6 +6,7 @@ is refused as unknown.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -14,26 +15,42 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     StrictBool,
     StrictInt,
     StrictStr,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
 
 MAX_CHOICES = 128
 
 
-def only(*neutral: object) -> AfterValidator:
-    """For a field this server doesn't serve: null and ``neutral`` ask for nothing and pass."""
+@dataclass(frozen=True)
+class Only:
+    """See `only`. The OpenAPI document lists what passes."""
 
-    def check(value: object) -> object:
-        if value is None or any(type(value) is type(same) and value == same for same in neutral):
+    values: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": [None, *self.values]}
+
+    def _check(self, value: object) -> object:
+        if value is None or any(type(value) is type(same) and value == same for same in self.values):
             return value
         raise PydanticCustomError("unsupported", "this server does not support it")
 
-    return AfterValidator(check)
+
+def only(*neutral: object) -> Only:
+    """For a field this server doesn't serve: null and ``neutral`` ask for nothing and pass."""
+    return Only(neutral)
 
 
 def _unicode(text: str) -> str:
@@ -70,6 +87,22 @@ def _bias_table(value: object) -> dict[int, float]:
     return {int(token): float(bias) for token, bias in value.items()}
 
 
+STOP = {"type": "string", "minLength": 1, "maxLength": 1024}
+STOPS = {"anyOf": [STOP, {"type": "array", "items": STOP, "maxItems": 16}, {"type": "null"}]}
+BIASES = {
+    "anyOf": [
+        {
+            "type": "object",
+            "maxProperties": 1024,
+            "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+            "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+        },
+        {"type": "null"},
+    ]
+}
+"""What `_stop_list` and `_bias_table` take, for the OpenAPI document."""
+
+
 def between(low: float, high: float) -> Any:
     """A number of the annotated type, not another that could be turned into it, within the range."""
     return Field(strict=True, ge=low, le=high)
@@ -103,10 +136,10 @@ class Generating(Strict):
     top_k: Annotated[int, between(0, 2**31)] | None = None
     min_p: Annotated[float, between(0, 1)] | None = None
     seed: Annotated[int, between(-(2**63), 2**63 - 1)] | None = None
-    stop: Annotated[Any, AfterValidator(_stop_list)] = []
+    stop: Annotated[Any, AfterValidator(_stop_list), WithJsonSchema(STOPS)] = []
     frequency_penalty: Annotated[float, between(-2, 2)] | None = None
     presence_penalty: Annotated[float, between(-2, 2)] | None = None
-    logit_bias: Annotated[Any, AfterValidator(_bias_table)] = {}
+    logit_bias: Annotated[Any, AfterValidator(_bias_table), WithJsonSchema(BIASES)] = {}
     user: Annotated[Text | None, Field(description="an identifier; never changes an answer")] = None
 
     @model_validator(mode="after")

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
 
 import llmlite
+from llmlite.errors import InputError
 from llmlite.serve.engines import Opened
-from llmlite.serve.errors import ApiError
+from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.generation import Work
 from llmlite.serve.sampling import Sampling
-from llmlite.serve.scheduler import Scheduler, SchedulerSettings
+from llmlite.serve.scheduler import EngineDead, QueueFull, Scheduler, SchedulerSettings, ShuttingDown
 from llmlite.serve.schema import Generating
 from llmlite.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
     from llmlite.serve.models import ModelSpec
+
+T = TypeVar("T")
+log = logging.getLogger("llmlite.serve")
 
 
 class Service:
@@ -37,6 +45,9 @@ class Service:
                 timeout=settings.request_timeout,
             ),
         )
+        self._max_queue = settings.max_queue
+        self._embedding = asyncio.Lock()
+        self._embedding_waiting = 0
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         engine = self.engine
         identity = "\n".join([spec.name, engine.name, engine.version, llmlite.__version__, repr(self.manifest)])
@@ -53,6 +64,37 @@ class Service:
         """Token ids of a text or a conversation, off the event loop: a megabyte takes a second."""
         call = self.engine.encode if isinstance(what, str) else self.engine.encode_chat
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, call, what)  # type: ignore[arg-type]
+
+    async def embed(self, prompt: list[int], gone: Callable[[], Awaitable[bool]]) -> np.ndarray:
+        """The vector of one text, float32 [width] of length 1. Other work has its turn between two pieces of it.
+
+        One text at a time; as many requests may wait for that as sequences may. ``gone``: whether the client hung up.
+        Raises `ApiError`.
+        """
+        if self._embedding.locked() and self._embedding_waiting >= self._max_queue:
+            raise as_api_error(QueueFull(1))
+        self._embedding_waiting += 1
+        try:
+            async with self._embedding:
+                pieces = await self._called(lambda: self.engine.embed([prompt]))
+                while (found := await self._called(lambda: next(pieces))) is None:
+                    if await gone():
+                        raise ApiError(499, "the client hung up")
+                return found[0]
+        finally:
+            self._embedding_waiting -= 1
+
+    async def _called(self, function: Callable[[], T]) -> T:
+        """What a function returned on the engine thread."""
+        try:
+            return await asyncio.wrap_future(self.scheduler.call(function))
+        except InputError as refused:
+            raise ApiError(400, str(refused), "model", "unsupported_parameter") from None
+        except (EngineDead, ShuttingDown) as error:
+            raise as_api_error(error) from None
+        except Exception as error:  # whatever the engine did, the client is told that it was not its fault
+            log.error("embedding failed", exc_info=error)
+            raise as_api_error(error) from error
 
     def facts(self) -> dict[str, Any]:
         """What is known of the artifact: its engine, context, format, base and measured cost."""

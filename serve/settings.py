@@ -47,8 +47,12 @@ class ServeSettings:
     rope_scale: float | None = field(
         default=None, metadata={"help": "how many times longer than trained the context gets by rope scaling"}
     )
-    kv: str = field(
-        default="f16", metadata={"help": "types of the key and value cache, K:V or one for both, as in q8_0:q4_0"}
+    kv: str | None = field(
+        default=None,
+        metadata={
+            "help": "types of the key and value cache, K:V or one for both, as in q8_0:q4_0 (default: f16; of "
+            "safetensors, the type the model computes in)"
+        },
     )
     cells: int | None = field(
         default=None, metadata={"help": "tokens that all contexts have room for (default: context times parallel)"}
@@ -187,7 +191,7 @@ class ServeSettings:
 
     @property
     def kv_types(self) -> KvTypes:
-        return parse_kv(self.kv)
+        return parse_kv(self.kv or "f16")
 
     @property
     def cache_ram_bytes(self) -> int:

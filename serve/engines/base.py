@@ -6,6 +6,7 @@ another one. It knows nothing of sampling, stop strings or HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -129,6 +130,13 @@ class Engine(Protocol):
 
     def room(self) -> Room:
         """How full the cache is."""
+
+    def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
+        """Vectors of texts: None after each bounded piece of work, at last float32 [prompts, width], each of length 1.
+
+        The mean of the last layer's hidden states, unless the model says another pooling. One text is embedded at a
+        time: an iterator that has begun is finished or dropped before the next one begins. On the engine thread.
+        """
 
     def close_model(self) -> None:
         """Free the weights and all sequences; nothing may be called after it."""

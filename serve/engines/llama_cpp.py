@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmlite.errors import InputError
 from llmlite.evals.llama import Llama, LlamaSettings
 from llmlite.serve.engines import chat_template
 from llmlite.serve.engines.base import ChatTemplateError, EngineBroken, NoRoom, Piece, Room, Sequence, with_bos
+from llmlite.serve.engines.llama_embed import LlamaEmbedder
 from llmlite.serve.engines.slots import Slots
 from llmlite.serve.prefixes import PrefixStore
 from llmlite.serve.settings import ServeSettings
@@ -62,6 +64,7 @@ class LlamaCppEngine:
         self._memory = api.llama_get_memory(self._llama.context)
         self._adapters = self._load_adapters(settings)
         self._adapter: str | None = None
+        self._embedder: LlamaEmbedder | None = None
         self.store = self._open_store(file, settings)
         self._slots = Slots(self.slots, self, self.store, EXACT_CHUNK if settings.exact else 1)
         template = api.llama_model_chat_template(self._llama.model, None)
@@ -132,9 +135,16 @@ class LlamaCppEngine:
     def room(self) -> Room:
         return Room(self._slots.used, self._slots.kept, self._cells.total, self._cells.shared)
 
+    def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
+        if self._embedder is None:  # its memory is taken when it is first needed
+            self._embedder = LlamaEmbedder(self._llama, self.context)
+        return self._embedder.embed(prompts)
+
     def close_model(self) -> None:
         self._slots.store_all()
         self.store.close()
+        if self._embedder is not None:
+            self._embedder.close()
         for adapter in self._adapters.values():
             self._api.llama_adapter_lora_free(adapter)
         self._llama.close()

@@ -101,9 +101,10 @@ class Slots:
         slot.sequence = None
         slot.adapter = sequence.adapter
         slot.tokens = np.array(sequence.tokens if keep else [], np.int32)
-        self._clock += 1
-        slot.used = self._clock
-        if not keep:
+        if keep:
+            self._clock += 1
+            slot.used = self._clock
+        else:
             self._memory.cut_slot(slot.number, 0)
 
     def checkpoint(self, sequence: Sequence) -> None:

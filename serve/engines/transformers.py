@@ -1,10 +1,13 @@
-"""Safetensors checkpoints, quantized or not, run by transformers: each slot has a cache of its own that grows."""
+"""Safetensors checkpoints, quantized or not, run by transformers: all sequences of a step in one batched forward."""
 
 from __future__ import annotations
 
+import gc
+import hashlib
 import inspect
 import json
-from functools import cache
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import Any
 
@@ -12,34 +15,77 @@ import jinja2
 import numpy as np
 import torch
 import transformers
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmlite.errors import InputError
-from llmlite.evals.hf import load_transformers, prefix_token
+from llmlite.evals.hf import load_transformers
 from llmlite.serve.engines import chat_template
-from llmlite.serve.engines.base import ChatTemplateError, Sequence, Slots, with_bos
+from llmlite.serve.engines.adapters import Adapters
+from llmlite.serve.engines.base import ChatTemplateError, EngineBroken, NoRoom, Piece, Room, Sequence, with_bos
+from llmlite.serve.engines.slot_cache import Rows, SlotCache, split_attention
+from llmlite.serve.engines.slots import Slots
+from llmlite.serve.engines.stored import codec
+from llmlite.serve.engines.transformers_embed import TransformersEmbedder
+from llmlite.serve.engines.vocabulary import Vocabulary, end_tokens
+from llmlite.serve.prefixes import PrefixStore
 from llmlite.serve.settings import ServeSettings
+from llmlite.serve.turns import EXACT_CHUNK
+
+ATTENTION = "llmlite"
+FEW = 16
+"""Pieces of up to so many tokens share a forward, padded to the longest; a longer one has its own."""
+
+KEPT = (".safetensors", ".json")
+
+DEVICE_LOST: Any = getattr(torch, "AcceleratorError", ())  # younger than the oldest torch that will do
+
+ALL_ATTENTION_FUNCTIONS.register(ATTENTION, split_attention)
 
 
 class TransformersEngine:
-    """See `Engine`. Steps run one sequence at a time, so a reply does not depend on what runs beside it."""
+    """See `Engine`. With ``settings.exact`` each piece has a forward of its own, so that it depends on nothing else."""
 
     name = "transformers"
     version = transformers.__version__
+    batch = 512
+    outputs = 128
+    can_cut = True
 
     def __init__(self, path: Path, settings: ServeSettings) -> None:
+        if settings.rope_scaling != "none":
+            raise InputError("rope_scaling: of a safetensors artifact it is set by rope_parameters in its config.json")
         self._model, self._tokenizer = load_transformers(path, settings.threads)
         self._vocabulary = Vocabulary(self._tokenizer, path)
         config = self._model.config.get_text_config(decoder=True)
-        self.context = _context(path, config.to_dict().get("max_position_embeddings"), settings.context)
+        facts = config.to_dict()
+        self.context = _context(path, facts.get("max_position_embeddings"), settings.context)
+        self._layer_types: list[str] | None = facts.get("layer_types")
         self.vocab_size: int = config.vocab_size
         self.slots = settings.parallel
-        self.eos = _end_tokens(self._model.generation_config.eos_token_id, config.eos_token_id, self._tokenizer)
-        layers = DynamicCache(config=config).layers
-        self._pool = Slots(self.slots, reusable=all(type(layer) is DynamicLayer for layer in layers))
-        self._caches = [DynamicCache(config=config) for _ in range(self.slots)]
-        self._config = config
+        self.eos = end_tokens(self._model.generation_config.eos_token_id, config.eos_token_id, self._tokenizer)
+        self._total = _total(settings.cells, self.context, self.slots)
+        self._exact = settings.exact
+        self._one_by_one = settings.exact or _turns_by_length(facts)
+        self._adapters = Adapters(self._model, settings.adapters)
+        self._embedder = TransformersEmbedder(self._model, config, path)
         self._trims_head = "logits_to_keep" in inspect.signature(self._model.forward).parameters
+        self._splits = config._attn_implementation == "sdpa"
+        if self._splits:
+            self._model.set_attn_implementation(ATTENTION)
+        kv = (None, None) if settings.kv is None else (settings.kv_types.keys, settings.kv_types.values)
+        self._cache = SlotCache(_windows(path, config), (codec(kv[0]), codec(kv[1])), self.slots, self.context, FEW)
+        self._prefilled: dict[Sequence, int] = {}
+        self.store = PrefixStore(
+            _fingerprint(path, settings, self.version),
+            settings.cache_ram_bytes,
+            settings.cache_dir,
+            settings.cache_disk_bytes,
+        )
+        self._pool = Slots(self.slots, self, self.store, EXACT_CHUNK if self._exact else 1)
+        self._probe()
+        if settings.context is None and settings.cells is None:
+            self._fit_memory()
 
     def encode(self, text: str) -> list[int]:
         return with_bos(self._vocabulary.encode(text), self._vocabulary.bos)
@@ -56,80 +102,165 @@ class TransformersEngine:
     def token_bytes(self, token: int, special: bool) -> bytes:
         return self._vocabulary.token_bytes(token, special)
 
-    def open(self, prompt: list[int], reuse: bool = True) -> Sequence:
-        sequence = self._pool.take(prompt, reuse)
-        self._cut(sequence)
-        return sequence
+    def open(self, prompt: list[int], adapter: str | None = None, reuse: bool = True) -> Sequence:
+        return self._pool.open(prompt, adapter, reuse)
 
-    def prefill(self, sequence: Sequence, tokens: list[int], every_row: bool) -> np.ndarray:
-        rows = self._forward(sequence, tokens, len(tokens) if every_row else 1)
-        sequence.prefilled += len(tokens)
-        return rows
+    def step(self, pieces: Items[Piece]) -> list[np.ndarray]:
+        self._make_room(sum(len(piece.tokens) for piece in pieces))
+        forwards = [(group, self._rows([pieces[place] for place in group])) for group in self._groups(pieces)]
+        self._cache.reserve(max(rows.end for _, rows in forwards))
+        self._adapters.use(pieces[0].sequence.adapter)
+        found: dict[int, np.ndarray] = {}
+        for group, rows in forwards:
+            found |= zip(group, self._forward([pieces[place] for place in group], rows), strict=True)
+        for piece in pieces:  # from here on nothing fails: what was written past the sequences' ends is theirs
+            sequence = piece.sequence
+            assert sequence.slot is not None
+            if self._exact and (len(piece.tokens) > 1 or sequence not in self._prefilled):
+                self._prefilled[sequence] = len(sequence.tokens) + len(piece.tokens)
+            sequence.tokens += piece.tokens
+            self._cache.lengths[sequence.slot] = len(sequence.tokens)
+        return [found[place] for place in range(len(pieces))]
 
-    def step(self, sequences: list[Sequence], tokens: list[int]) -> np.ndarray:
-        return np.concatenate([self._forward(s, [token], 1) for s, token in zip(sequences, tokens, strict=True)])
+    def cut(self, sequence: Sequence, length: int) -> None:
+        assert sequence.slot is not None
+        del sequence.tokens[length:]
+        self.cut_slot(sequence.slot, length)
+
+    def suspend(self, sequence: Sequence) -> None:
+        self._pool.suspend(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        self._pool.resume(sequence)
+
+    def checkpoint(self, sequence: Sequence) -> None:
+        self._pool.checkpoint(sequence)
 
     def close(self, sequence: Sequence, keep: bool) -> None:
-        self._pool.put_back(sequence, keep)
-        self._cut(sequence)
+        prefilled = self._prefilled.pop(sequence, 0)
+        if self._exact and sequence.slot is not None:  # a generated token's bits differ from those of a prompt's
+            self.cut(sequence, min(len(sequence.tokens), prefilled))
+        self._pool.close(sequence, keep)
+
+    def room(self) -> Room:
+        return Room(self._pool.used, self._pool.kept, self._total, self._total < self.slots * self.context)
+
+    def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
+        return self._embedder.embed(prompts)
 
     def close_model(self) -> None:
-        del self._model, self._caches
+        self._pool.store_all()
+        self.store.close()
+        del self._model, self._cache, self._adapters, self._embedder
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def cut_slot(self, slot: int, length: int) -> None:
+        """See `Memory`, as of the next three."""
+        self._cache.cut_slot(slot, length)
+
+    def save_slot(self, slot: int) -> bytes:
+        return self._cache.save_slot(slot)
+
+    def load_slot(self, slot: int, state: bytes) -> None:
+        self._cache.load_slot(slot, state, self._make_room)
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        self._make_room(length)
+        self._cache.copy_slot(source, target, length)
+
+    def _make_room(self, tokens: int) -> None:
+        while self._pool.used + self._pool.kept + tokens > self._total:
+            if not self._pool.evict():
+                raise NoRoom(f"the cache holds {self._total} tokens, {self._pool.used} of them in use")
+
+    def _groups(self, pieces: Items[Piece]) -> Iterator[list[int]]:
+        """The places of the pieces that share a forward, ascending by slot: those of one token, those of few."""
+        groups: dict[int, list[int]] = {}
+        for place, piece in enumerate(pieces):
+            count = len(piece.tokens)
+            alone = self._one_by_one or count > FEW
+            groups.setdefault(-place - 1 if alone else min(count, 2), []).append(place)
+        for group in groups.values():
+            yield sorted(group, key=lambda place: pieces[place].sequence.slot or 0)
+
+    def _rows(self, pieces: list[Piece]) -> Rows:
+        slots = [piece.sequence.slot for piece in pieces if piece.sequence.slot is not None]
+        starts = [len(piece.sequence.tokens) for piece in pieces]
+        width = max(len(piece.tokens) for piece in pieces)
+        return Rows.of(slots, starts, width, self._model.device, self._splits)
 
     @torch.inference_mode()
-    def _forward(self, sequence: Sequence, tokens: list[int], rows: int) -> np.ndarray:
-        head = {"logits_to_keep": rows} if self._trims_head else {}
-        ids = torch.tensor([tokens], device=self._model.device)
-        out = self._model(input_ids=ids, past_key_values=self._caches[sequence.slot], use_cache=True, **head)
-        sequence.tokens += tokens
-        return out.logits[0, -rows:].float().cpu().numpy()
-
-    def _cut(self, sequence: Sequence) -> None:
-        """Leave in the slot's cache what the sequence has of tokens."""
-        if not sequence.tokens:
-            self._caches[sequence.slot] = DynamicCache(config=self._config)
-            return
-        extra = self._caches[sequence.slot].get_seq_length() - len(sequence.tokens)
-        if extra:
-            self._caches[sequence.slot].crop(-extra)
-
-
-class Vocabulary:
-    """What the server needs of a tokenizer that transformers loads: ids of a text, bytes of an id."""
-
-    def __init__(self, tokenizer: Any, path: Path) -> None:
-        self._tokenizer = tokenizer
-        if not tokenizer.is_fast:
-            raise InputError(f"{path}: its tokenizer has no tokenizer.json, which the server needs to stream text")
-        decoder = tokenizer.backend_tokenizer.decoder
-        kinds = _decoder_kinds(json.loads(decoder.__getstate__())) if decoder is not None else set()
-        self._byte_level = "ByteLevel" in kinds
-        if not self._byte_level and not kinds & {"Metaspace", "ByteFallback", "Replace"}:
-            raise InputError(
-                f"{path}: a tokenizer that decodes by {', '.join(sorted(kinds)) or 'nothing'} is unknown here"
+    def _forward(self, pieces: list[Piece], rows: Rows) -> list[np.ndarray]:
+        """One forward: each piece's rows of logits."""
+        ids = torch.tensor([piece.tokens + [0] * (rows.width - len(piece.tokens)) for piece in pieces])
+        unused = [rows.width - len(piece.tokens) for piece in pieces]
+        last = max(1, *(padding + piece.rows for padding, piece in zip(unused, pieces, strict=True)))
+        head = {"logits_to_keep": last} if self._trims_head else {}
+        try:
+            self._cache.use(rows)
+            out = self._model(
+                input_ids=ids.to(rows.index.device),
+                position_ids=rows.positions.clamp(max=self.context - 1),
+                attention_mask=self._masks(rows),
+                past_key_values=self._cache,
+                use_cache=True,
+                **self._to_attention(rows),
+                **head,
             )
-        self._added = tokenizer.added_tokens_decoder
-        self.bos = prefix_token(tokenizer)
+            logits = out.logits[:, -last:].float().cpu().numpy()
+        except DEVICE_LOST as error:
+            raise EngineBroken(f"the device failed while it computed: {error}") from error
+        ends = [last - padding for padding in unused]
+        return [row[end - piece.rows : end] for row, end, piece in zip(logits, ends, pieces, strict=True)]
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids; names of special tokens become them, nothing is added."""
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def _to_attention(self, rows: Rows) -> dict[str, Any]:
+        return {"rows": rows, "windows": self._cache.windows} if self._splits else {}
 
-    def token_bytes(self, token: int, special: bool) -> bytes:
-        added = self._added.get(token)
-        if added is not None and added.special:
-            return added.content.encode() if special else b""
-        piece = self._tokenizer.convert_ids_to_tokens(token)
-        if piece is None:  # the embedding has more rows than the tokenizer has tokens
-            return b""
-        if self._byte_level:
-            if added is not None:  # stands for its own letters, which may look like GPT-2's for bytes
-                return added.content.encode()
-            table = _byte_of_character()
-            return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode()
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("▁", " ").encode()
+    def _masks(self, rows: Rows) -> Any:
+        """As the model wants them: one, or one for each type of layer."""
+        masks = {window: self._mask(rows, window) for window in set(self._cache.windows)}
+        if self._layer_types is None:
+            return masks[self._cache.windows[0]]
+        return {kind: masks[window] for kind, window in zip(self._layer_types, self._cache.windows, strict=False)}
+
+    def _mask(self, rows: Rows, window: int | None) -> torch.Tensor | None:
+        if self._splits:
+            return None if rows.causal(window) else rows.mask(window)
+        hidden = ~rows.mask(window)  # eager attention adds it to the scores
+        zeros = torch.zeros(hidden.shape, dtype=self._model.dtype, device=hidden.device)
+        return zeros.masked_fill_(hidden, torch.finfo(self._model.dtype).min)
+
+    def _probe(self) -> None:
+        """One token, so that a model that can't run so fails now, and the cache knows the sizes of its heads."""
+        sequence = self._pool.open([0], None, reuse=False)
+        self.step([Piece(sequence, [0], 1)])
+        self.close(sequence, keep=False)
+
+    def _fit_memory(self) -> None:
+        """Where neither context nor cells are named: no more of them than half of the free memory holds."""
+        each, together = self._cache.affordable()
+        self.context = max(min(self.context, each), min(self.context, self.batch))
+        self._total = max(self.context, min(self.context * self.slots, together))
+
+
+def _windows(path: Path, config: Any) -> list[int | None]:
+    """The sliding window of each layer, None for full attention. `InputError` for a layer of another kind."""
+    kinds = set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    windows: list[int | None] = []
+    for layer in DynamicCache(config=config).layers:
+        if kinds or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            kind = ", ".join(sorted(kinds)) or type(layer).__name__
+            raise InputError(f"{path}: has layers with {kind}; served are full and sliding attention")
+        windows.append(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
+    return windows
+
+
+def _turns_by_length(facts: dict[str, Any]) -> bool:
+    """Whether rotary embeddings turn otherwise once any sequence of a forward is long, so that each needs its own."""
+    told = json.dumps(facts.get("rope_parameters"), default=str)
+    return '"dynamic"' in told or '"longrope"' in told
 
 
 def _context(path: Path, trained: int | None, wanted: int | None) -> int:
@@ -140,23 +271,17 @@ def _context(path: Path, trained: int | None, wanted: int | None) -> int:
     return wanted or trained or 0
 
 
-def _end_tokens(generation: int | list[int] | None, config: int | list[int] | None, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends a reply: generation_config's, config's and the tokenizer's (chat models differ in them)."""
-    ends: set[int] = set()
-    for source in (generation, config, tokenizer.eos_token_id):
-        ends |= set(source) if isinstance(source, list) else {source} if source is not None else set()
-    return frozenset(ends)
+def _total(cells: int | None, context: int, slots: int) -> int:
+    """Tokens of all sequences. `InputError` where not even one context fits."""
+    if cells is not None and cells < context:
+        raise InputError(f"cells {cells}: must be at least the context, {context}")
+    return min(cells or context * slots, context * slots)
 
 
-def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:
-    nested = (_decoder_kinds(inner) for inner in decoder.get("decoders", []))
-    return {decoder["type"]}.union(*nested)
-
-
-@cache
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's byte alphabet: printable Latin-1 stands for itself, every other byte for a character from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    table = {chr(byte): byte for byte in printable}
-    return table | {chr(0x100 + place): byte for place, byte in enumerate(others)}
+def _fingerprint(path: Path, settings: ServeSettings, version: str) -> str:
+    """What keys and values depend on. Files count by size and time, not to read them all."""
+    directories = [path, *(directory for _, directory in settings.adapters)]
+    files = sorted(file for directory in directories for file in directory.iterdir() if file.suffix in KEPT)
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    told = (version, torch.__version__, str(path.resolve()), settings.kv, settings.exact, settings.lora, facts)
+    return hashlib.sha256(repr(told).encode()).hexdigest()

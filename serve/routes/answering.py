@@ -11,7 +11,8 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from llmlite.serve.answers import Answer, stream, whole
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.generation import Work
-from llmlite.serve.inbox import Failed, Inbox
+from llmlite.serve.inbox import Failed, Inbox, Watch
+from llmlite.serve.metrics import Metrics
 from llmlite.serve.models import Models, Served
 from llmlite.serve.retelling import Retelling, retold, retold_whole
 from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown
@@ -28,6 +29,13 @@ def models_of(request: Request) -> Models:
     """The models of the app that a request came to."""
     found = request.app.state.models
     assert isinstance(found, Models)
+    return found
+
+
+def metrics_of(request: Request) -> Metrics:
+    """What the app that a request came to counts."""
+    found = request.app.state.metrics
+    assert isinstance(found, Metrics)
     return found
 
 
@@ -59,7 +67,8 @@ class Using:
         ``retelling``: puts the answer into the words of another API than OpenAI's chat and completions.
         """
         try:
-            inbox = Inbox(self.served.service.scheduler, works, self._request)
+            watch = Watch(metrics_of(self._request), self.served.service.name)
+            inbox = Inbox(self.served.service.scheduler, works, self._request, watch)
         except (QueueFull, EngineDead, ShuttingDown) as error:
             raise as_api_error(error) from None
         streaming = False

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from llmlite.serve.answers import ChatAnswer
+from llmlite.serve.documents import STREAM, ChatCompletion, answers
 from llmlite.serve.engines.base import ChatTemplateError
 from llmlite.serve.errors import ApiError
 from llmlite.serve.generation import Work
@@ -15,7 +16,7 @@ from llmlite.serve.schema import ChatRequest
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", dependencies=[Depends(require_json)])
+@router.post("/v1/chat/completions", dependencies=[Depends(require_json)], responses=answers(ChatCompletion, STREAM))
 async def chat(body: ChatRequest, request: Request) -> Response:
     """OpenAI's chat completions."""
     async with Using(request, body.model) as using:

@@ -8,6 +8,8 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
 from llmlite.serve.answers import CompletionAnswer
+from llmlite.serve.documents import STREAM, Completion, answers
+from llmlite.serve.engines.base import Engine
 from llmlite.serve.errors import ApiError
 from llmlite.serve.generation import Work
 from llmlite.serve.routes.answering import Using, require_json
@@ -20,7 +22,7 @@ COMPLETION_TOKENS = 16
 router = APIRouter()
 
 
-@router.post("/v1/completions", dependencies=[Depends(require_json)])
+@router.post("/v1/completions", dependencies=[Depends(require_json)], responses=answers(Completion, STREAM))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """OpenAI's text completions, with ``echo`` and prompts of token ids."""
     async with Using(request, body.model) as using:
@@ -30,7 +32,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         scored = bool(body.echo) and body.logprobs is not None
         n = body.n or 1
         for given in body.prompts():
-            prompt = await prompt_ids(service, given)
+            prompt = await prompt_ids(service, given, "prompt")
             room = max(1, service.engine.context - len(prompt))
             limit = min(COMPLETION_TOKENS, room) if body.max_tokens is None else body.max_tokens
             choices = service.works(body, prompt, "prompt", limit, body.logprobs, using.served.adapter)
@@ -41,11 +43,16 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         return await using.answer(works, answer, bool(body.stream))
 
 
-async def prompt_ids(service: Service, prompt: str | list[int]) -> list[int]:
-    """Token ids of a prompt that may already be ids; raises 400 for ids that are none."""
+async def prompt_ids(service: Service, prompt: str | list[int], field: str) -> list[int]:
+    """Token ids of a prompt, given in ``field``, that may already be ids; raises 400 for ids that are none."""
     if isinstance(prompt, str):
         return await service.encode(prompt)
-    if not all(0 <= token < service.engine.vocab_size for token in prompt):
-        message = f"prompt: token ids must lie between 0 and {service.engine.vocab_size - 1}"
-        raise ApiError(400, message, "prompt", "invalid_value")
+    check_ids(service.engine, prompt, field)
     return prompt
+
+
+def check_ids(engine: Engine, tokens: list[int], field: str) -> None:
+    """Raises 400 for ids, given in ``field``, that are none."""
+    if not all(0 <= token < engine.vocab_size for token in tokens):
+        message = f"{field}: token ids must lie between 0 and {engine.vocab_size - 1}"
+        raise ApiError(400, message, field, "invalid_value")

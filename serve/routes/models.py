@@ -7,20 +7,21 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from llmlite.serve.documents import ModelCard, ModelList, answers
 from llmlite.serve.models import Models
 from llmlite.serve.routes.answering import models_of
 
 router = APIRouter()
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answers(ModelList))
 async def models(request: Request) -> Response:
     """All models and adapters."""
     found = models_of(request)
     return JSONResponse({"object": "list", "data": [card(found, name) for name in found.names]})
 
 
-@router.get("/v1/models/{model:path}")
+@router.get("/v1/models/{model:path}", responses=answers(ModelCard))
 async def model(model: str, request: Request) -> Response:
     """One of them."""
     return JSONResponse(card(models_of(request), model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 
+from llmlite.serve.documents import STREAM, ErrorBody, ResponseObject, answers
 from llmlite.serve.errors import ApiError
 from llmlite.serve.responses_answer import ResponseRetelling
 from llmlite.serve.responses_schema import ResponsesRequest
@@ -13,8 +14,10 @@ from llmlite.serve.routes.chat import prepare
 
 router = APIRouter()
 
+NONE = {"description": "No response is stored", "model": ErrorBody}
 
-@router.post("/v1/responses", dependencies=[Depends(require_json)])
+
+@router.post("/v1/responses", dependencies=[Depends(require_json)], responses=answers(ResponseObject, STREAM))
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """OpenAI's responses, without storage: each request brings its whole conversation."""
     asked = body.as_chat()
@@ -23,8 +26,8 @@ async def responses(body: ResponsesRequest, request: Request) -> Response:
         return await using.answer(works, answer, bool(body.stream), ResponseRetelling(body))
 
 
-@router.get("/v1/responses/{response}")
-@router.delete("/v1/responses/{response}")
+@router.get("/v1/responses/{response}", status_code=404, responses={404: NONE, "4XX": NONE})
+@router.delete("/v1/responses/{response}", status_code=404, responses={404: NONE, "4XX": NONE})
 async def stored(response: str) -> Response:
     """Always 404: this server stores no responses."""
     message = f"there is no response {response!r}: this server stores none, send the conversation with each request"

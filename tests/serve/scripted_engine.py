@@ -6,6 +6,7 @@ import time
 import numpy as np
 
 from llmlite.serve.engines.base import ChatTemplateError, EngineBroken, NoRoom, Room
+from llmlite.serve.engines.pooling import CHUNK
 from llmlite.serve.engines.slots import Slots
 from llmlite.serve.prefixes import PrefixStore
 
@@ -77,6 +78,17 @@ class ScriptedEngine:
         total = self.cells or self.context * self.slots
         return Room(self.pool.used, self.pool.kept, total, self.cells is not None)
 
+    def embed(self, prompts):
+        """Counts of bytes, as a direction; "slow" and "boom" mean here what they mean elsewhere."""
+        rows = np.zeros((len(prompts), 8), np.float32)
+        for row, prompt in zip(rows, prompts, strict=True):
+            for begin in range(0, len(prompt), CHUNK):
+                self.calls.append(len(prompt[begin : begin + CHUNK]))
+                self._misbehave(bytes(token for token in prompt if token < 256))
+                yield None
+            np.add.at(row, np.array(prompt) % 8, 1)
+        yield rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
     def close_model(self):
         assert not self.running
         self.closed = True
@@ -122,14 +134,16 @@ class ScriptedEngine:
 
     def _check(self, pieces):
         for piece in pieces:
-            prompt = self._prompt(piece.sequence)
-            if b"slow" in prompt:
-                time.sleep(0.02)
-            if b"boom" in prompt:
-                raise RuntimeError("boom")
-            if b"break" in prompt:
-                raise EngineBroken("it broke")
+            self._misbehave(self._prompt(piece.sequence))
         self._make_room(sum(len(piece.tokens) for piece in pieces))
+
+    def _misbehave(self, prompt):
+        if b"slow" in prompt:
+            time.sleep(0.02)
+        if b"boom" in prompt:
+            raise RuntimeError("boom")
+        if b"break" in prompt:
+            raise EngineBroken("it broke")
 
     def _prompt(self, sequence):
         return bytes(token for token in sequence.prompt if token < 256)

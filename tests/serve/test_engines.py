@@ -23,7 +23,7 @@ from tests.serve.conftest import Running, running
 pytest.importorskip("gguf")
 llama_cpp = pytest.importorskip("llama_cpp")
 
-from tests.gguf_models import TEXTS, gguf_of, save_tiny
+from tests.gguf_models import TEXTS, gguf_of, save_tiny  # noqa: E402
 
 MODELS = ("llama", "llama-linear", "gemma3")  # byte-level; SentencePiece with BOS; sliding windows of 8
 ENGINES = ("transformers", "llama.cpp")
@@ -194,7 +194,7 @@ def test_reuse_of_a_prefix_changes_no_bit(exact_case):
 
 
 def test_a_reused_prefix_gives_the_same_logprobs(case):
-    tiny, server, engine = case
+    _, server, engine = case
     prompt = [(11 * i * i + i + 3) % 200 + 5 for i in range(100)]
     body = {"max_tokens": 1, "logprobs": 3, "temperature": 0}
     whole = {"prompt": [*prompt, 9, 10, 11], **body}
