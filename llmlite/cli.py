@@ -296,7 +296,7 @@ def _add_chat(verbs: Any) -> None:
     text = "talk to an artifact, or to a server, in the terminal"
     parser = _verb(verbs, "chat", _chat, text, ChatSettings)
     parser.add_argument(
-        "model", metavar="ARTIFACT_OR_URL", help="an artifact, as for serve, or a server, as in http://127.0.0.1:8000"
+        "place", metavar="ARTIFACT_OR_URL", help="an artifact, as for serve, or a server, as in http://127.0.0.1:8000"
     )
 
 
@@ -308,7 +308,7 @@ def _chat(given: argparse.Namespace) -> int:
     need("serve", "httpx")
     from llmlite.serve.chat.run import chat
 
-    return chat(given.model, settings)
+    return chat(given.place, settings)
 
 
 if __name__ == "__main__":

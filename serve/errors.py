@@ -26,7 +26,7 @@ ANTHROPIC_PATH = "/v1/messages"
 
 ANTHROPIC_TYPES = {
     401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error",
+    429: "rate_limit_error", 504: "timeout_error",
 }  # fmt: skip
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

@@ -80,7 +80,8 @@ class Scheduler:
 
     @property
     def stats(self) -> Stats:
-        """What the engine thread has counted so far."""
+        """What the engine thread has counted so far, and how many sequences run and wait now."""
+        self._stats.running, self._stats.waiting = len(self._running), len(self._waiting) + len(self._suspended)
         return self._stats
 
     def start(self) -> None:
@@ -189,7 +190,6 @@ class Scheduler:
         room = self._engine.room()
         stats = self._stats
         stats.cells_used, stats.cells_total = room.used + room.kept, room.total
-        stats.running, stats.waiting = len(self._running), len(self._waiting) + len(self._suspended)
         return not self._stop
 
     def _drop(self) -> None:

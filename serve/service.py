@@ -57,7 +57,7 @@ class Service:
         )
         self._max_queue = settings.max_queue
         self._embedding = asyncio.Lock()
-        self._embedding_waiting = 0
+        self._embeddings = 0  # texts that are embedded or wait for it
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         engine = self.engine
         self.call_format = format_of(engine.tool_template)
@@ -118,9 +118,9 @@ class Service:
         One text at a time; as many requests may wait for that as sequences may. ``gone``: whether the client hung up.
         Raises `ApiError`.
         """
-        if self._embedding.locked() and self._embedding_waiting >= self._max_queue:
+        if self._embeddings > self._max_queue:
             raise as_api_error(QueueFull(1))
-        self._embedding_waiting += 1
+        self._embeddings += 1
         try:
             async with self._embedding:
                 pieces = await self._called(lambda: self.engine.embed([prompt]))
@@ -129,7 +129,7 @@ class Service:
                         raise ApiError(499, "the client hung up")
                 return found[0]
         finally:
-            self._embedding_waiting -= 1
+            self._embeddings -= 1
 
     async def _called(self, function: Callable[[], T]) -> T:
         """What a function returned on the engine thread."""

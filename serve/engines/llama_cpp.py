@@ -100,7 +100,9 @@ class LlamaCppEngine:
     def step(self, pieces: Items[Piece]) -> list[np.ndarray]:
         self._use(pieces[0].sequence.adapter)
         batch, place, rows = self._llama.batch, 0, 0
-        for piece in pieces:
+        # llama.cpp runs slots of their own together only where their numbers follow each other in the batch.
+        order = sorted(range(len(pieces)), key=lambda number: pieces[number].sequence.slot or 0)
+        for piece in (pieces[number] for number in order):
             n, start = len(piece.tokens), len(piece.sequence.tokens)
             end = place + n
             batch.token[place:end] = piece.tokens
@@ -110,9 +112,11 @@ class LlamaCppEngine:
             batch.wanted[end - piece.rows : end] = 1
             place, rows = end, rows + piece.rows
         logits = self._decode(place, rows)
-        out, row = [], 0
-        for piece in pieces:
-            out.append(logits[row : row + piece.rows])
+        out = [logits] * len(pieces)
+        row = 0
+        for number in order:
+            piece = pieces[number]
+            out[number] = logits[row : row + piece.rows]
             row += piece.rows
             piece.sequence.tokens += piece.tokens
         return out

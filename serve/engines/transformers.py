@@ -8,6 +8,7 @@ import inspect
 import json
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class TransformersEngine:
         self._exact = settings.exact
         self._one_by_one = settings.exact or _turns_by_length(facts)
         self._adapters = Adapters(self._model, settings.adapters)
-        self._embedder = TransformersEmbedder(self._model, config, path)
+        self._embedder = TransformersEmbedder(self._model, config, path, self._bare)
         self._trims_head = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._splits = config._attn_implementation == "sdpa"
         if self._splits:
@@ -154,6 +155,18 @@ class TransformersEngine:
 
     def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
         return self._embedder.embed(prompts)
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        """The model without adapter and with transformers' own attention, which makes the masks of its own caches."""
+        self._adapters.use(None)
+        if self._splits:
+            self._model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            if self._splits:
+                self._model.set_attn_implementation(ATTENTION)
 
     def close_model(self) -> None:
         self._pool.store_all()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,13 @@ POOLING: dict[str, Pooling] = {
 
 
 class TransformersEmbedder:
-    """Runs the model without its head, one text at a time. Used on the engine thread alone."""
+    """Runs the model without its head, one text at a time. Used on the engine thread alone.
 
-    def __init__(self, model: Any, config: Any, path: Path) -> None:
+    ``bare``: within it the model is as transformers made it, whatever the engine does to it for its own steps.
+    """
+
+    def __init__(self, model: Any, config: Any, path: Path, bare: Callable[[], AbstractContextManager[None]]) -> None:
+        self._bare = bare
         self._model = model.base_model
         self._config = config
         self._pooling = read_pooling(path)
@@ -46,7 +51,8 @@ class TransformersEmbedder:
     @torch.inference_mode()
     def _states(self, tokens: list[int], cache: DynamicCache) -> np.ndarray:
         ids = torch.tensor([tokens], device=self._model.device)
-        out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+        with self._bare():
+            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[0].float().cpu().numpy()
 
 

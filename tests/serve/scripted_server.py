@@ -12,10 +12,18 @@ from llmlite.serve.process import Server, bind, url_of
 from llmlite.serve.settings import ServeSettings
 from tests.serve.scripted_engine import ScriptedEngine
 
+
+class Engine(ScriptedEngine):
+    """May be closed in the middle of its work: that is what the end of a drain does."""
+
+    def close_model(self):
+        self.closed = True
+
+
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
     paths = {name: Path(given[name]) for name in ("api_key_file", "tls_cert", "tls_key") if name in given}
     settings = ServeSettings(port=0, **{**given, **paths})
     with logging_to(level=settings.log_level), bind(settings) as listener:
-        app = create_app([ModelSpec("model", lambda: Opened(ScriptedEngine(), "model", None))], settings)
+        app = create_app([ModelSpec("model", lambda: Opened(Engine(), "model", None))], settings)
         Server(app, settings, ready=lambda: url_of(settings, listener)).run(sockets=[listener])

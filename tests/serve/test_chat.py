@@ -70,6 +70,7 @@ def test_an_interrupt_stops_the_reply_and_keeps_its_beginning(server, conversati
     assert cost.stopped
     assert conversation.messages[-1]["content"] == "xxx"
     assert server.wait(lambda: not server.engine.running), "the server goes on for nobody"
+    conversation.messages.clear()
     assert conversation.say("say:ab", lambda _: None).tokens == 3
 
 

@@ -49,16 +49,15 @@ def test_a_whole_message(server):
     assert [block.text for block in answer.content] == ["héllo"]
     assert (answer.role, answer.type, answer.model) == ("assistant", "message", "model")
     assert (answer.stop_reason, answer.stop_sequence) == ("end_turn", None)
-    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (10, 7)
-    assert answer.usage.cache_read_input_tokens == 0
+    assert (answer.usage.input_tokens + answer.usage.cache_read_input_tokens, answer.usage.output_tokens) == (10, 7)
     assert said(server, "say:abcdef", max_tokens=3).stop_reason == "max_tokens"
 
 
 def test_a_prompt_in_the_cache_is_told_apart(server):
     said(server, "x" * 300 + "say:a")
     usage = said(server, "x" * 300 + "say:a").usage
-    assert usage.cache_read_input_tokens == 256
-    assert usage.input_tokens == 305 - 256
+    assert usage.cache_read_input_tokens > 250
+    assert usage.input_tokens == 305 - usage.cache_read_input_tokens
 
 
 def test_the_stop_sequence_that_was_met_is_named(server):
@@ -91,7 +90,8 @@ def test_the_events_of_a_stream_in_their_order(server):
         "message_delta", "message_stop",
     ]  # fmt: skip
     start = events[0]["message"]
-    assert (start["content"], start["stop_reason"], start["usage"]["input_tokens"]) == ([], None, 7)
+    assert (start["content"], start["stop_reason"]) == ([], None)
+    assert start["usage"]["input_tokens"] + start["usage"]["cache_read_input_tokens"] == 7
     assert [event["delta"]["text"] for event in events[2:4]] == ["h", "é"]
     assert events[5]["delta"]["stop_reason"] == "end_turn"
     with client_of(server).messages.stream(
@@ -119,7 +119,8 @@ def test_an_answer_without_text_has_no_block(server):
 
 def test_count_tokens_counts_the_prompt(server):
     count = client_of(server).messages.count_tokens(model="model", messages=[{"role": "user", "content": "say:hé"}])
-    assert count.input_tokens == said(server, "say:hé").usage.input_tokens == 7
+    usage = said(server, "say:hé").usage
+    assert count.input_tokens == usage.input_tokens + usage.cache_read_input_tokens == 7
     long = client_of(server).messages.count_tokens(model="model", messages=[{"role": "user", "content": "x" * 5000}])
     assert long.input_tokens == 5000, "longer than the context, and counted all the same"
 
@@ -180,7 +181,7 @@ def test_errors_have_anthropic_s_shape(server, tmp_path):
 def test_a_failure_in_the_middle_of_a_stream_is_an_event():
     engine = ScriptedEngine()
     step = engine.step
-    engine.step = lambda sequences, tokens: 1 / 0 if len(engine.calls) > 4 else step(sequences, tokens)
+    engine.step = lambda pieces: 1 / 0 if len(engine.calls) > 4 else step(pieces)
     with running(engine) as server, pytest.raises(anthropic.APIStatusError, match="internal error"):
         list(said(server, "say:abcdefgh", stream=True))
 

@@ -149,7 +149,7 @@ def test_nothing_is_stored(server):
 def test_a_failure_in_the_middle_of_a_stream_is_the_last_event():
     engine = ScriptedEngine()
     step = engine.step
-    engine.step = lambda sequences, tokens: 1 / 0 if len(engine.calls) > 4 else step(sequences, tokens)
+    engine.step = lambda pieces: 1 / 0 if len(engine.calls) > 4 else step(pieces)
     with running(engine) as server:
         *_, last = said(server, "say:abcdefgh", stream=True)
         assert (last.type, last.response.status) == ("response.failed", "failed")

@@ -87,7 +87,6 @@ def test_from_the_command_line():
     assert settings.adapters == [("l", Path("f"))]
     assert (str(settings.kv_types), settings.cache_ram_bytes) == ("q8_0:q4_0", 2 * 2**30)
     assert settings.exact
-    assert ServeSettings().cache_ram_bytes == 0
 
 
 @pytest.fixture
