@@ -270,6 +270,8 @@ def test_a_call_that_is_cut_says_length(tooled):
     [(name, arguments)] = calls_of(answer.message)
     assert name == "get_weather"
     assert '{"city": "Paris"}'.startswith(arguments)
+    whole = ask_whole(tooled, f"{PARIS}\n{NOON}", tools=[WEATHER, NOW], max_tokens=len(PARIS))
+    assert (calls_of(whole.message), whole.finish_reason) == ([("get_weather", '{"city": "Paris"}')], "length")
 
 
 def test_a_schema_for_the_text_beside_tools(tooled):
