@@ -249,7 +249,10 @@ def _add_serve(verbs: Any) -> None:
 
     parser = _verb(verbs, "serve", _serve, "serve an artifact over an OpenAI-compatible HTTP API", ServeSettings)
     parser.add_argument(
-        "artifact", metavar="ARTIFACT", help="an artifact, a checkpoint directory, a GGUF file or a hub id"
+        "artifacts",
+        nargs="+",
+        metavar="ARTIFACT",
+        help="an artifact, a checkpoint directory, a GGUF file, a hub id, or URLs of OpenAI-compatible servers",
     )
 
 
@@ -257,7 +260,7 @@ def _serve(given: argparse.Namespace) -> int:
     from llmlite.serve.run import serve
     from llmlite.serve.settings import ServeSettings
 
-    serve(given.artifact, settings_from(ServeSettings, given, given.recipe))
+    serve(given.artifacts, settings_from(ServeSettings, given, given.recipe))
     return 0
 
 

@@ -3,7 +3,8 @@
 
     python scripts/serve.py ARTIFACT [--port 8000] [--context 4096] [--parallel 4]
 
-An artifact is a directory with safetensors or GGUF weights, a GGUF file, or a hub id.
+An artifact is a directory with safetensors or GGUF weights, a GGUF file, or a hub id. URLs of other servers may stand
+in its place.
 """
 
 import sys
@@ -16,11 +17,11 @@ from llmlite.serve.settings import ServeSettings
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("artifact")
+    parser.add_argument("artifacts", nargs="+")
     add_options(parser, ServeSettings)
     try:
         given = parser.parse_args()
-        serve(given.artifact, settings_from(ServeSettings, given, recipe=None))
+        serve(given.artifacts, settings_from(ServeSettings, given, recipe=None))
     except LlmliteError as error:
         print(error, file=sys.stderr)
         return error.exit_status

@@ -51,8 +51,11 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
-        """What is no HTTP gets an error object, too."""
-        self._refuse(400, ApiError(400, "this is not a valid HTTP request"))
+        """What is no HTTP gets an error object, too, unless it follows a request whose answer is on its way."""
+        if self.cycle is not None and self.cycle.response_started and not self.cycle.response_complete:
+            self.transport.abort()
+        else:
+            self._refuse(400, ApiError(400, "this is not a valid HTTP request"))
 
     def _expect_headers(self) -> None:
         self._slow = self.loop.call_later(HEADER_SECONDS, self.transport.abort)

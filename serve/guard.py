@@ -18,7 +18,7 @@ from llmlite.serve.settings import ServeSettings
 from llmlite.serve.sizes import check_body
 
 OPEN = frozenset({"/health", "/ready"}) | web.PATHS
-"""Paths that need no key: whether to send requests here, and the chat page, which asks for the key itself."""
+"""Paths that need no key: what load balancers ask, and the chat page, which asks its user for one."""
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 
@@ -49,12 +49,15 @@ class Record:
         async def noted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", exchange.id.encode())]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", exchange.id.encode())]
             await send(message)
 
         self._running.add(exchange.id)
         try:
             await self._app(scope, receive, noted)
+        except Exception:
+            exchange.status = exchange.status or 500  # answered further out, where this can't see it
+            raise
         finally:
             self._running.remove(exchange.id)
             log_exchange(exchange)
@@ -75,7 +78,8 @@ class Guard:
         self._log_prompts = settings.log_prompts
         self._max_body = settings.max_body
         self._max_text = settings.max_text
-        self._names = LOOPBACK_NAMES | {settings.host} if settings.loopback and not keys else None
+        local = settings.loopback and not keys and not settings.insecure
+        self._names = LOOPBACK_NAMES | {settings.host} if local else None
         self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -99,8 +103,8 @@ class Guard:
         headers = Headers(scope=scope)
         if self._names is not None and _host(headers.get("host", "")) not in self._names:
             message = (
-                "the Host header names another machine; use localhost or 127.0.0.1, or serve with --api-key-file, "
-                "which allows any name"
+                "the Host header names another machine: use localhost or 127.0.0.1, or serve with --api-key-file "
+                "(or --insecure), which allows any name"
             )
             raise ApiError(403, message, code="host_not_allowed")
         caller = self._known(scope, headers)

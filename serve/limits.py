@@ -65,10 +65,10 @@ class Caller:
         """Count a request in, until `leave`. Raises 429 with Retry-After where a limit is reached."""
         limits = self.limits
         if limits.concurrent is not None and self.running >= limits.concurrent:
-            raise _refusal(f"{limits.concurrent} requests at a time", 1)
+            raise _refusal(f"{limits.concurrent} {_counted(limits.concurrent, 'requests')} at a time", 1)
         for bucket, unit in ((self._requests, "requests"), (self._tokens, "tokens")):
             if bucket is not None and (seconds := bucket.wait()):
-                raise _refusal(f"{bucket.rate} {unit} a minute", seconds)
+                raise _refusal(f"{bucket.rate} {_counted(bucket.rate, unit)} a minute", seconds)
         if self._requests is not None:
             self._requests.take(1)
         self.running += 1
@@ -83,6 +83,10 @@ class Caller:
         if rate is None:
             return None
         return old if old is not None and old.rate == rate else Bucket(rate, self._clock)
+
+
+def _counted(number: int, units: str) -> str:
+    return units if number != 1 else units.removesuffix("s")
 
 
 def _refusal(limit: str, seconds: int) -> ApiError:

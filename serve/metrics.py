@@ -38,13 +38,14 @@ GAUGES = {
 
 
 class Metrics:
-    """The counts of one app."""
+    """The counts of one app; ``models`` None: it stands in front of other servers and has no engine of its own."""
 
     content_type = "text/plain; version=1.0.0; charset=utf-8"
 
-    def __init__(self, models: Models) -> None:
+    def __init__(self, models: Models | None) -> None:
         self.registry = CollectorRegistry()
-        self.registry.register(EngineCollector(models))
+        if models is not None:
+            self.registry.register(EngineCollector(models))
         self._requests = Counter(
             "llmlite_requests",
             "Requests by endpoint and status.",

@@ -20,6 +20,7 @@ from llmlite.serve.connection import connections
 from llmlite.serve.keys import Keyring
 from llmlite.serve.models import Models
 from llmlite.serve.settings import ServeSettings
+from llmlite.serve.upstream.pool import Pool
 
 log = logging.getLogger("llmlite.serve")
 
@@ -47,7 +48,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._settings = settings
         self._ready = ready
-        self._models: Models = app.state.models
+        self._models: Models | Pool = app.state.models
         self._keys: Keyring = app.state.keys
         self._running: set[str] = app.state.running
 
@@ -67,9 +68,9 @@ class Server(uvicorn.Server):
         for what, read in (("API keys", self._keys.reload), ("TLS certificate", self._reload_tls)):
             try:
                 read()
+                log.info("%s: read again", what)
             except InputError as error:
-                log.error("the old %s stay in use: %s", what, error)
-        log.info("keys and certificate were read again: %d API keys", len(self._keys))
+                log.error("%s: the old stay in use: %s", what, error)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, but an end that was asked for is no death by signal: the exit status is 0."""

@@ -65,10 +65,10 @@ async def retold(
     try:
         async with aclosing(_told(answer, inbox, item, retelling)) as events:
             async for event in events:
-                yield _sent(event)
+                yield sent(event)
     except Failed as failed:
         for event in retelling.failure(as_api_error(failed.error)):
-            yield _sent(event)
+            yield sent(event)
     finally:
         inbox.close()
 
@@ -91,7 +91,8 @@ async def _told(
         yield event
 
 
-def _sent(event: Event) -> str:
+def sent(event: Event) -> str:
+    """An event as it is streamed."""
     return f"event: {event['type']}\ndata: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,34 +16,51 @@ from llmlite.extras import need
 from llmlite.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from llmlite.serve.engines import Opened
     from llmlite.serve.models import ModelSpec
 
 log = logging.getLogger("llmlite.serve")
 
 
-def serve(artifact: str | Path, settings: ServeSettings) -> None:
-    """Serve an artifact until SIGTERM or SIGINT; what runs then is finished, what waits is refused with 503.
+def serve(artifacts: Sequence[str | Path], settings: ServeSettings) -> None:
+    """Serve an artifact, or the servers behind URLs, until SIGTERM or SIGINT.
 
-    A second SIGINT ends at once. The port is taken (not opened) before the weights are loaded, and opened after: a
-    port in use is an `OutsideError` at once, a broken artifact an `InputError` before anyone could connect.
+    What runs then is finished, what waits is refused with 503; a second SIGINT ends at once. The port is taken (not
+    opened) before the weights are loaded, and opened after: a port in use is an `OutsideError` at once, a broken
+    artifact an `InputError` before anyone could connect.
     """
     need("serve", "uvicorn")
     need("serve", "fastapi")
     need("serve", "llguidance")
-    from llmlite.serve.app import create_app
     from llmlite.serve.logs import logging_to
     from llmlite.serve.process import Server, bind, tls_context, url_of
+    from llmlite.serve.upstream.front import front, is_front
 
     tls_context(settings)  # refused before the weights are loaded, which takes longer
-    with logging_to(level=settings.log_level), bind(settings) as listener:
-        specs, first = model_specs(artifact, settings)
-        app = create_app(specs, settings)
-        engine = first.engine
-        about = f"{specs[0].name} on {engine.name} ({engine.version}), context {engine.context:,} tokens"
+    with logging_to(level=settings.log_level), bind(settings) as listener, ExitStack() as stack:
+        if is_front(artifacts, settings):
+            if settings.also or settings.lora:
+                raise InputError("also and lora: are for an artifact in this process; a server elsewhere has its own")
+            app, about = stack.enter_context(front(artifacts, settings))
+        else:
+            app, about = local(artifacts, settings)
         _warn_of_open_doors(settings)
-        line = f"{about}, at {url_of(settings, listener)}/v1"
-        Server(app, settings, ready=lambda: line).run(sockets=[listener])
+        ready = lambda: f"{about()}, at {url_of(settings, listener)}/v1"  # noqa: E731
+        Server(app, settings, ready).run(sockets=[listener])
+
+
+def local(artifacts: Sequence[str | Path], settings: ServeSettings) -> tuple[FastAPI, Callable[[], str]]:
+    """The app around engines in this process, and what is said of it when it is ready."""
+    from llmlite.serve.app import create_app
+
+    if len(artifacts) > 1:
+        raise InputError(f"{artifacts[1]}: is a second artifact; give more models by --also NAME=ARTIFACT")
+    specs, first = model_specs(artifacts[0], settings)
+    engine = first.engine
+    about = f"{specs[0].name} on {engine.name} ({engine.version}), context {engine.context:,} tokens"
+    return create_app(specs, settings), lambda: about
 
 
 def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[ModelSpec], Opened]:

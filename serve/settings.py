@@ -105,6 +105,20 @@ class ServeSettings:
     )
     log_prompts: bool = field(default=False, metadata={"help": "also log what was asked: the body of each request"})
 
+    engine: Literal["auto", "upstream", "vllm"] = field(
+        default="auto",
+        metadata={
+            "help": "what runs the model: auto (an engine in this process, or the server behind a URL), upstream "
+            "(the server behind a URL), vllm (a vLLM that is started for it)"
+        },
+    )
+    upstream_key_file: Path | None = field(
+        default=None, metadata={"help": "file with the API key that the server behind a URL asks for"}
+    )
+    upstream_timeout: float = field(
+        default=600.0, metadata={"help": "seconds for which a server behind this one may send nothing"}
+    )
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise InputError(f"port {self.port}: must lie between 0 and 65535")
@@ -113,7 +127,7 @@ class ServeSettings:
         for name in ("context", "cells", "parallel", "threads", "max_queue", "max_body", "max_text", "max_connections"):
             if (count := vars(self)[name]) is not None and count < 1:
                 raise InputError(f"{name} {count}: must be at least 1")
-        for name in ("idle_unload", "request_timeout", "rope_scale"):
+        for name in ("idle_unload", "request_timeout", "rope_scale", "upstream_timeout"):
             if (value := vars(self)[name]) is not None and not 0 < value < float("inf"):
                 raise InputError(f"{name} {value}: must be more than 0")
         if not 0 <= self.drain_seconds < float("inf"):
@@ -154,6 +168,18 @@ class ServeSettings:
         _ = self.kv_types, self.cache_ram_bytes, self.cache_disk_bytes
         if self.cache_dir is not None and self.cache_dir.exists() and not self.cache_dir.is_dir():
             raise InputError(f"cache_dir {self.cache_dir}: is no folder")
+
+    def upstream_key(self) -> str | None:
+        """The key in ``upstream_key_file``; None without one. Raises `InputError` unless it is one line."""
+        if self.upstream_key_file is None:
+            return None
+        try:
+            lines = self.upstream_key_file.read_text("ascii").split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{self.upstream_key_file}: can't be read as a file with an API key ({error})") from None
+        if len(lines) != 1:
+            raise InputError(f"{self.upstream_key_file}: must hold one API key and nothing else")
+        return lines[0]
 
     @property
     def loopback(self) -> bool:

@@ -19,7 +19,11 @@ FIRST_TOKEN_SECONDS = 600.0
 
 
 class Refused(Exception):
-    """The server's own words on why it does not answer; the conversation can go on."""
+    """The server's own words on why it does not answer; the conversation can go on. ``status``: HTTP's, if any."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def _check(answer: httpx.Response) -> None:
         message = answer.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = "no reason was given"
-    raise Refused(f"{message} (status {answer.status_code})")
+    raise Refused(f"{message} (status {answer.status_code})", answer.status_code)
 
 
 def _piece(data: str) -> Piece:

@@ -64,7 +64,8 @@ def _talk(client: Client, settings: ChatSettings) -> int:
     try:
         cards = {card["id"]: card for card in client.models()}
     except Refused as refusal:
-        raise InputError(f"{client.url}: {refusal}; a key is read from the variable {KEY_VARIABLE}") from None
+        hint = f"; a key is read from the variable {KEY_VARIABLE}" if refusal.status == 401 else ""
+        raise InputError(f"{client.url}: {refusal}{hint}") from None
     name = settings.model or next(iter(cards), None)
     if name not in cards:
         raise InputError(f"{client.url}: has no model {name!r}, but {', '.join(cards) or 'none'}")

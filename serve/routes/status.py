@@ -27,6 +27,7 @@ PLAIN_ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 router = APIRouter()
+metrics_router = APIRouter()
 
 
 @router.get("/health", responses=answers(Health))
@@ -49,7 +50,9 @@ async def ready(request: Request) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses={**answers(None, "text/plain"), **PLAIN_ERRORS})
+@metrics_router.get(
+    "/metrics", response_class=PlainTextResponse, responses={**answers(None, "text/plain"), **PLAIN_ERRORS}
+)
 async def metrics(request: Request) -> Response:
     """Counts for Prometheus, in its text format."""
     counted = metrics_of(request)

@@ -15,6 +15,8 @@ openai = pytest.importorskip("openai")
 
 from llmlite.serve.app import create_app  # noqa: E402
 from llmlite.serve.engines import Opened  # noqa: E402
+from llmlite.serve.keys import StoredKey  # noqa: E402
+from llmlite.serve.limits import Limits  # noqa: E402
 from llmlite.serve.models import Models, ModelSpec  # noqa: E402
 from llmlite.serve.process import Server, bind, url_of  # noqa: E402
 from llmlite.serve.settings import ServeSettings  # noqa: E402
@@ -27,6 +29,7 @@ class Running:
 
     url: str
     models: Models
+    running: set[str]
 
     @property
     def engine(self):
@@ -70,14 +73,20 @@ class Running:
 
 @contextmanager
 def running(engine, manifest=None, keys=None, **settings):
-    settings = ServeSettings(port=0, **{"drain_seconds": 2.0, **settings})
+    settings = ServeSettings(**{"port": 0, "drain_seconds": 2.0, **settings})
     spec = ModelSpec("model", lambda: Opened(engine, "model", manifest))
-    app = create_app([spec], settings, keys)
+    with serving(create_app([spec], settings, keys), settings) as server:
+        yield server
+
+
+@contextmanager
+def serving(app, settings):
+    """The app on a port of loopback until the block ends."""
     server = Server(app, settings)
     listener = bind(settings)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    server_up = Running(url_of(settings, listener), app.state.models)
+    server_up = Running(url_of(settings, listener), app.state.models, app.state.running)
     try:
         assert server_up.wait(lambda: server.started)
         yield server_up
@@ -92,6 +101,15 @@ def server():
     manifest = {"format": "gguf:q4_0", "base": {"source": "x"}, "evals": {"perplexity": 12.5}}
     with running(ScriptedEngine(), manifest) as server:
         yield server
+
+
+KEY = "a-key-of-some-length-0001"
+
+
+def key_file(file, key=KEY):
+    """A file with the hash of one key."""
+    file.write_text(f"{StoredKey.of('tester', key, Limits())}\n")
+    return file
 
 
 def error_of(answer, status, param=None, code=None):

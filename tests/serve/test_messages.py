@@ -12,7 +12,7 @@ from anthropic.types import Message, RawMessageStreamEvent  # noqa: E402
 
 from llmlite.serve.messages_answer import MessageRetelling  # noqa: E402
 from llmlite.serve.messages_schema import MessagesRequest  # noqa: E402
-from tests.serve.conftest import running  # noqa: E402
+from tests.serve.conftest import KEY, key_file, running  # noqa: E402
 from tests.serve.scripted_engine import ScriptedEngine  # noqa: E402
 from tests.serve.test_responses import CHOICES, USAGE  # noqa: E402
 
@@ -170,11 +170,9 @@ def test_errors_have_anthropic_s_shape(server, tmp_path):
         {"role": "user", "content": "a"}]}), 404, "not_found_error")  # fmt: skip
     with pytest.raises(anthropic.BadRequestError, match="context is 2048 tokens"):
         said(server, "x" * 2048)
-    keys = tmp_path / "keys"
-    keys.write_text("first\n")
-    with running(ScriptedEngine(), api_key_file=keys) as locked:
+    with running(ScriptedEngine(), api_key_file=key_file(tmp_path / "keys")) as locked:
         refusal(post(locked), 401, "authentication_error")
-        assert client_of(locked, "first").messages.count_tokens(
+        assert client_of(locked, KEY).messages.count_tokens(
             model="model", messages=[{"role": "user", "content": "abc"}]
         ).input_tokens == 3  # fmt: skip
 

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 
 
 def start(*arguments):
-    command = [sys.executable, str(SCRIPT), *map(str, arguments), "--threads", "1"]
+    command = [sys.executable, str(SCRIPT), *map(str, arguments), "--threads", "1", "--log-level", "warning"]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from llmlite.serve.routes import web
-from tests.serve.conftest import error_of, running
+from tests.serve.conftest import error_of, key_file, running
 from tests.serve.scripted_engine import ScriptedEngine
 
 
@@ -39,9 +39,7 @@ def test_the_page_names_only_files_that_are_served():
 
 
 def test_the_page_needs_no_key_and_opens_nothing_else(tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("secret\n")
-    with running(ScriptedEngine(), api_key_file=keys) as server:
+    with running(ScriptedEngine(), api_key_file=key_file(tmp_path / "keys")) as server:
         assert all(httpx.get(server.url + path).status_code == 200 for path in web.PATHS)
         for path in ("/v1/models", "/web", "/web/", "/web/../v1/models", "/web/app.js/x", "//v1/models"):
             error_of(httpx.get(server.url + path), 401)

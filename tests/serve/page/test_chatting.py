@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from tests.serve.conftest import running
+from tests.serve.conftest import KEY, key_file, running
 from tests.serve.page.browser import ROOMY, Chat, opened
 from tests.serve.scripted_engine import ScriptedEngine
 
@@ -154,20 +154,19 @@ def test_a_server_that_is_gone(chat):
 
 
 def test_the_key_is_asked_for_and_kept_for_the_tab(browser, tmp_path):
-    keys = tmp_path / "keys"
-    keys.write_text("secret-one\n")
+    keys = key_file(tmp_path / "keys")
     with running(ScriptedEngine(), api_key_file=keys) as server, opened(browser, server.url, **ROOMY) as page:
         chat = Chat(page)
         page.get_by_label("Key", exact=True).fill("wrong")
         page.keyboard.press("Enter")
         reason = page.locator("#key-reason", has_text="an API key is needed")
         reason.wait_for()
-        page.get_by_label("Key", exact=True).fill("secret-one")
+        page.get_by_label("Key", exact=True).fill(KEY)
         page.keyboard.press("Enter")
         page.locator("#quality").wait_for()
         chat.send("say:let in")
         assert chat.replies == ["let in"]
         page.reload()
         page.locator("#quality").wait_for()
-        assert "secret-one" not in page.evaluate("JSON.stringify(localStorage)")
-        assert page.evaluate("Object.values(sessionStorage)") == ["secret-one"]
+        assert KEY not in page.evaluate("JSON.stringify(localStorage)")
+        assert page.evaluate("Object.values(sessionStorage)") == [KEY]
