@@ -270,6 +270,8 @@ def test_a_call_that_is_cut_says_length(tooled):
     [(name, arguments)] = calls_of(answer.message)
     assert name == "get_weather"
     assert '{"city": "Paris"}'.startswith(arguments)
+    whole = ask_whole(tooled, f"{PARIS}\n{NOON}", tools=[WEATHER, NOW], max_tokens=len(PARIS))
+    assert (calls_of(whole.message), whole.finish_reason) == ([("get_weather", '{"city": "Paris"}')], "length")
 
 
 def test_a_schema_for_the_text_beside_tools(tooled):
@@ -371,3 +373,23 @@ def test_a_marker_that_is_a_control_token_is_read_as_its_letters():
             assert calls_of(answer.message) == [("get_weather", '{"city": "Paris"}')]
             assert answer.message.content is None
         assert ask(server, "a\x01b").message.content == "ab"
+
+
+def test_the_other_endpoints_call_tools_and_keep_schemas_too(tooled):
+    function = {"type": "function", "name": "get_weather", "parameters": CITY, "strict": False}
+    for stream in (False, True):
+        asked = {"model": "model", "input": f"say:{PARIS}", "tools": [function], "temperature": 0, "stream": stream}
+        found = tooled.client.responses.create(**asked)
+        output = list(found)[-1].response.output if stream else found.output
+        assert [(item.type, item.name, item.arguments) for item in output] == [
+            ("function_call", "get_weather", '{"city": "Paris"}')
+        ]
+    tool = {"name": "get_weather", "input_schema": CITY}
+    asked = {"messages": user(f"say:{PARIS}"), "tools": [tool], "temperature": 0, "max_tokens": 200}
+    answer = tooled.post("/v1/messages", asked).json()
+    assert answer["stop_reason"] == "tool_use"
+    [block] = answer["content"]
+    assert (block["type"], block["name"], block["input"]) == ("tool_use", "get_weather", {"city": "Paris"})
+    form = {"format": {"type": "json_schema", "name": "x", "schema": {"enum": ["yes", "no"]}, "strict": True}}
+    parsed = tooled.client.responses.create(model="model", input="say:maybe", text=form, temperature=0)
+    assert parsed.output_text in ('"yes"', '"no"')
