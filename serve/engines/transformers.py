@@ -15,7 +15,7 @@ import jinja2
 import numpy as np
 import torch
 import transformers
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmlite.errors import InputError
@@ -247,14 +247,12 @@ class TransformersEngine:
 
 def _windows(path: Path, config: Any) -> list[int | None]:
     """The sliding window of each layer, None for full attention. `InputError` for a layer of another kind."""
-    kinds = set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    windows: list[int | None] = []
-    for layer in DynamicCache(config=config).layers:
-        if kinds or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            kind = ", ".join(sorted(kinds)) or type(layer).__name__
-            raise InputError(f"{path}: has layers with {kind}; served are full and sliding attention")
-        windows.append(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
-    return windows
+    kinds = sorted(set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"})
+    layers: list[Any] = [] if kinds else DynamicCache(config=config).layers
+    kinds += sorted({type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"})
+    if kinds:
+        raise InputError(f"{path}: has layers with {', '.join(kinds)}; served are full and sliding attention")
+    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
 
 
 def _turns_by_length(facts: dict[str, Any]) -> bool:
