@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import transformers
 from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmlite.errors import InputError
@@ -41,6 +42,7 @@ KEPT = (".safetensors", ".json")
 DEVICE_LOST: Any = getattr(torch, "AcceleratorError", ())  # younger than the oldest torch that will do
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, split_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
 class TransformersEngine:
@@ -68,7 +70,7 @@ class TransformersEngine:
         self._exact = settings.exact
         self._one_by_one = settings.exact or _turns_by_length(facts)
         self._adapters = Adapters(self._model, settings.adapters)
-        self._embedder = TransformersEmbedder(self._model, config, path)
+        self._embedder = TransformersEmbedder(self._model, config, path, self._adapters)
         self._trims_head = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._splits = config._attn_implementation == "sdpa"
         if self._splits:

@@ -12,6 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from llmlite.errors import InputError
+from llmlite.serve.engines.adapters import Adapters
 from llmlite.serve.engines.pooling import CHUNK, Pool, Pooling
 
 POOLING_FILE = Path("1_Pooling") / "config.json"
@@ -25,8 +26,9 @@ POOLING: dict[str, Pooling] = {
 class TransformersEmbedder:
     """Runs the model without its head, one text at a time. Used on the engine thread alone."""
 
-    def __init__(self, model: Any, config: Any, path: Path) -> None:
+    def __init__(self, model: Any, config: Any, path: Path, adapters: Adapters) -> None:
         self._model = model.base_model
+        self._adapters = adapters
         self._config = config
         self._pooling = read_pooling(path)
         self.width: int = config.hidden_size
@@ -45,6 +47,7 @@ class TransformersEmbedder:
 
     @torch.inference_mode()
     def _states(self, tokens: list[int], cache: DynamicCache) -> np.ndarray:
+        self._adapters.use(None)
         ids = torch.tensor([tokens], device=self._model.device)
         out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[0].float().cpu().numpy()
