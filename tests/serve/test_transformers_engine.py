@@ -284,8 +284,15 @@ def test_exact_replies_have_the_same_bits_in_a_crowd(family):
     np.testing.assert_array_equal(busy, run(engine, alone, []))
     engine.close(alone, keep=True)
     again = engine.open([*ids(130, 1), *range(5)])
-    assert again.reused == 128, "whole chunks of the prompt, and nothing that was generated"
+    assert again.reused == 128, "whole chunks"
     np.testing.assert_array_equal(busy[:2], engine.step([Piece(again, ids(130, 1)[128:], 2)])[0])
+    engine.close(again, keep=False)
+    (short,) = start(engine, 120)
+    for token in range(20):
+        engine.step([Piece(short, [token], 1)])
+    tokens = [*short.tokens, 8]
+    engine.close(short, keep=True)
+    assert engine.open(tokens).reused == 0, "what was generated one by one has not the bits of a chunk"
 
 
 # Largest difference of a logit from float32's, of logits up to 6: twice the worst family's, as it was measured.
