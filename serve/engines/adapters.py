@@ -19,6 +19,7 @@ class Adapters:
     """``adapters``: name and directory of each. Raises `InputError` for what isn't a LoRA of this model."""
 
     def __init__(self, model: torch.nn.Module, adapters: list[tuple[str, Path]]) -> None:
+        self._model = model
         self._modules: list[Any] = []
         self._inner: dict[str, str] = {}
         self._active: str | None = None
@@ -50,8 +51,10 @@ class Adapters:
     def _switch(self, name: str | None) -> None:
         for module in self._modules:
             module.enable_adapters(name is not None)
-            if name is not None:
-                module.set_adapter(self._inner[name])
+        if name is not None:
+            from peft.functional import set_adapter
+
+            set_adapter(self._model, self._inner[name], inference_mode=True)
         self._active = name
 
 
@@ -68,11 +71,17 @@ def _load(model: Any, directory: Path, inner: str) -> None:
     if not (directory / WEIGHTS).is_file():
         raise InputError(f"lora {directory}: has no {WEIGHTS}; weights in pickle files are not read")
     try:
-        report = model.load_adapter(str(directory), adapter_name=inner, local_files_only=True, use_safetensors=True)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        report = model.load_adapter(
+            str(directory),
+            adapter_name=inner,
+            adapter_kwargs={"local_files_only": True},
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # they are reported below
+        )
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise InputError(f"lora {directory}: does not fit this model ({first_line(error)})") from None
     missing = sorted(key for key in report.missing_keys if f".{inner}." in key)
-    strange = [*sorted(report.unexpected_keys), *sorted(str(key) for key, *_ in report.mismatched_keys)]
-    if missing or strange:
-        which = f"lacks {missing[0]}" if missing else f"has {strange[0]}, which this model has no place for"
-        raise InputError(f"lora {directory}: does not fit this model: it {which}")
+    other = sorted(str(key) for key, *_ in report.mismatched_keys)
+    for keys, told in [(other, "another shape of"), (missing, "no"), (sorted(report.unexpected_keys), "a strange")]:
+        if keys:
+            raise InputError(f"lora {directory}: does not fit this model: it has {told} {keys[0]}")

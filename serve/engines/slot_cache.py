@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from llmlite.serve.engines.base import NoRoom
 from llmlite.serve.engines.stored import Codec, Store
 
-RAGGED = 2
+RAGGED = 1.5
 """Sequences share one call of attention unless that reads so many times what they need; then each has its own."""
 
 

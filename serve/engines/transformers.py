@@ -8,7 +8,6 @@ import inspect
 import json
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,8 @@ import jinja2
 import numpy as np
 import torch
 import transformers
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmlite.errors import InputError
@@ -42,6 +42,7 @@ KEPT = (".safetensors", ".json")
 DEVICE_LOST: Any = getattr(torch, "AcceleratorError", ())  # younger than the oldest torch that will do
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION, split_attention)
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, sdpa_mask)
 
 
 class TransformersEngine:
@@ -69,7 +70,7 @@ class TransformersEngine:
         self._exact = settings.exact
         self._one_by_one = settings.exact or _turns_by_length(facts)
         self._adapters = Adapters(self._model, settings.adapters)
-        self._embedder = TransformersEmbedder(self._model, config, path, self._bare)
+        self._embedder = TransformersEmbedder(self._model, config, path, self._adapters)
         self._trims_head = "logits_to_keep" in inspect.signature(self._model.forward).parameters
         self._splits = config._attn_implementation == "sdpa"
         if self._splits:
@@ -91,18 +92,11 @@ class TransformersEngine:
     def encode(self, text: str) -> list[int]:
         return with_bos(self._vocabulary.encode(text), self._vocabulary.bos)
 
-    @property
-    def tool_template(self) -> str | None:
-        template = self._tokenizer.chat_template
-        return template.get("tool_use", template.get("default")) if isinstance(template, dict) else template
-
-    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
         if self._tokenizer.chat_template is None:
             raise ChatTemplateError(chat_template.NO_TEMPLATE)
         try:
-            text = self._tokenizer.apply_chat_template(
-                messages, tools=tools, add_generation_prompt=True, tokenize=False
-            )
+            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise chat_template.refused(error) from error
         return self._vocabulary.encode(text)
@@ -155,18 +149,6 @@ class TransformersEngine:
 
     def embed(self, prompts: list[list[int]]) -> Iterator[np.ndarray | None]:
         return self._embedder.embed(prompts)
-
-    @contextmanager
-    def _bare(self) -> Iterator[None]:
-        """The model without adapter and with transformers' own attention, which makes the masks of its own caches."""
-        self._adapters.use(None)
-        if self._splits:
-            self._model.set_attn_implementation("sdpa")
-        try:
-            yield
-        finally:
-            if self._splits:
-                self._model.set_attn_implementation(ATTENTION)
 
     def close_model(self) -> None:
         self._pool.store_all()
@@ -267,14 +249,12 @@ class TransformersEngine:
 
 def _windows(path: Path, config: Any) -> list[int | None]:
     """The sliding window of each layer, None for full attention. `InputError` for a layer of another kind."""
-    kinds = set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"}
-    windows: list[int | None] = []
-    for layer in DynamicCache(config=config).layers:
-        if kinds or type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-            kind = ", ".join(sorted(kinds)) or type(layer).__name__
-            raise InputError(f"{path}: has layers with {kind}; served are full and sliding attention")
-        windows.append(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None)
-    return windows
+    kinds = sorted(set(config.to_dict().get("layer_types") or ()) - {"full_attention", "sliding_attention"})
+    layers: list[Any] = [] if kinds else DynamicCache(config=config).layers
+    kinds += sorted({type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"})
+    if kinds:
+        raise InputError(f"{path}: has layers with {', '.join(kinds)}; served are full and sliding attention")
+    return [layer.sliding_window if layer.is_sliding else None for layer in layers]
 
 
 def _turns_by_length(facts: dict[str, Any]) -> bool:

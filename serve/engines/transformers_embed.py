@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from llmlite.errors import InputError
+from llmlite.serve.engines.adapters import Adapters
 from llmlite.serve.engines.pooling import CHUNK, Pool, Pooling
 
 POOLING_FILE = Path("1_Pooling") / "config.json"
@@ -24,14 +24,11 @@ POOLING: dict[str, Pooling] = {
 
 
 class TransformersEmbedder:
-    """Runs the model without its head, one text at a time. Used on the engine thread alone.
+    """Runs the model without its head, one text at a time. Used on the engine thread alone."""
 
-    ``bare``: within it the model is as transformers made it, whatever the engine does to it for its own steps.
-    """
-
-    def __init__(self, model: Any, config: Any, path: Path, bare: Callable[[], AbstractContextManager[None]]) -> None:
-        self._bare = bare
+    def __init__(self, model: Any, config: Any, path: Path, adapters: Adapters) -> None:
         self._model = model.base_model
+        self._adapters = adapters
         self._config = config
         self._pooling = read_pooling(path)
         self.width: int = config.hidden_size
@@ -50,9 +47,9 @@ class TransformersEmbedder:
 
     @torch.inference_mode()
     def _states(self, tokens: list[int], cache: DynamicCache) -> np.ndarray:
+        self._adapters.use(None)
         ids = torch.tensor([tokens], device=self._model.device)
-        with self._bare():
-            out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
+        out = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
         return out.last_hidden_state[0].float().cpu().numpy()
 
 

@@ -247,7 +247,8 @@ def test_numbers_that_overflowed_reach_no_neighbour(tiny):
     broken, other = start(engine, 60, 80)
     for layer in engine._cache.layers:
         for store in layer.stores:
-            store.read(slice(0, 1), 0, 60 + FEW, torch.float32).fill_(float("nan"))
+            with torch.inference_mode():
+                store.read(slice(0, 1), 0, 60 + FEW, torch.float32).fill_(float("nan"))
     assert np.isnan(engine.step([Piece(broken, [5], 1)])[0]).all()
     engine.close(broken, keep=False)
     (next_one,) = start(engine, 50)
@@ -283,12 +284,19 @@ def test_exact_replies_have_the_same_bits_in_a_crowd(family):
     np.testing.assert_array_equal(busy, run(engine, alone, []))
     engine.close(alone, keep=True)
     again = engine.open([*ids(130, 1), *range(5)])
-    assert again.reused == 128, "whole chunks of the prompt, and nothing that was generated"
+    assert again.reused == 128, "whole chunks"
     np.testing.assert_array_equal(busy[:2], engine.step([Piece(again, ids(130, 1)[128:], 2)])[0])
+    engine.close(again, keep=False)
+    (short,) = start(engine, 120)
+    for token in range(20):
+        engine.step([Piece(short, [token], 1)])
+    tokens = [*short.tokens, 8]
+    engine.close(short, keep=True)
+    assert engine.open(tokens).reused == 0, "what was generated one by one has not the bits of a chunk"
 
 
-# Largest difference of a logit from float32's, of logits up to 6: twice and more of what was measured.
-KV_ERRORS = {"f32": LOGITS, "f16": 0.006, "bf16": 0.05, "q8_0": 0.08, "q4_0": 1.5, "q8_0:q4_0": 1.0}
+# Largest difference of a logit from float32's, of logits up to 6: twice the worst family's, as it was measured.
+KV_ERRORS = {"f32": LOGITS, "f16": 0.008, "bf16": 0.07, "q8_0": 0.18, "q4_0": 2.4, "q8_0:q4_0": 2.6}
 
 
 @pytest.mark.parametrize("kv", KV_ERRORS)

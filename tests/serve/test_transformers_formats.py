@@ -85,6 +85,9 @@ def test_an_adapter_for_each_sequence(adapted):
     for row, want in zip(rows, wanted, strict=True):
         np.testing.assert_allclose(row[0], want, atol=1e-4, rtol=0)
     assert min(np.abs(wanted[a] - wanted[b]).max() for a, b in [(0, 1), (0, 2), (1, 2)]) > 0.1
+    plain = TransformersEngine(adapted / "base", ServeSettings(threads=1))
+    vectors = [list(model.embed([ids(40, 2)]))[-1] for model in (engine, plain)]
+    np.testing.assert_allclose(*vectors, atol=1e-6)  # embeddings are the plain model's
     other = engine.open(ids(60, 1), adapter="short")
     assert other.reused == 50
     engine.close(other, keep=False)
@@ -110,11 +113,11 @@ REFUSALS = [
     (lambda directory: (directory / "adapter_config.json").unlink(), "must be a directory with an adapter_config.json"),
     (make_pickle, "weights in pickle files are not read"),
     (make_prompt_tuning, "is a PROMPT_TUNING adapter; LORA is served"),
-    (make_other_rank, "does not fit this model"),
+    (make_other_rank, "does not fit this model: it has another shape of .*lora_A"),
 ]
 
 
-@pytest.mark.parametrize(("break_it", "told"), REFUSALS)
+@pytest.mark.parametrize(("break_it", "told"), REFUSALS, ids=["none", "pickle", "prompt tuning", "other rank"])
 def test_what_is_no_adapter_of_this_model_is_refused(break_it, told, adapted, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()
