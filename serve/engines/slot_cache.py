@@ -87,6 +87,7 @@ class SlotLayer(CacheLayerMixin):
         self.window = window
         self.is_sliding = window is not None
         self.rows: Rows | None = None
+        self.device = torch.device("cpu")
         self._places: tuple[Tensor | int, Tensor | slice] = (0, slice(0))
         self._slots: slice | Tensor = slice(0)
 
@@ -147,8 +148,9 @@ class SlotCache(Cache):
         self, windows: list[int | None], codecs: tuple[Codec, Codec], slots: int, limit: int, spare: int
     ) -> None:
         limit += spare
-        layers = [SlotLayer(tuple(Store(codec, slots, limit) for codec in codecs), window) for window in windows]
-        super().__init__(layers=layers)
+        keys, values = codecs
+        self._own = [SlotLayer((Store(keys, slots, limit), Store(values, slots, limit)), window) for window in windows]
+        super().__init__(layers=list(self._own))
         self.windows = windows
         self.lengths = [0] * slots
         self._spare = spare
@@ -158,8 +160,8 @@ class SlotCache(Cache):
 
         On a CPU only what is written to takes memory; on a GPU all slots are as long as the longest one.
         """
-        device, slots = self.layers[0].device, len(self.lengths)
-        size = sum(store.position_bytes for layer in self.layers for store in layer.stores)
+        device, slots = self._own[0].device, len(self.lengths)
+        size = sum(store.position_bytes for layer in self._own for store in layer.stores)
         if device.type == "cuda":
             each = torch.cuda.mem_get_info(device)[0] // 2 // (size * slots)
             return each, each * slots
@@ -170,21 +172,21 @@ class SlotCache(Cache):
     def reserve(self, positions: int) -> None:
         """Memory for so many positions in each slot. What was written past the lengths is lost. Raises `NoRoom`."""
         try:
-            for layer in self.layers:
+            for layer in self._own:
                 layer.reserve(positions, self.lengths)
         except torch.OutOfMemoryError as error:
             raise NoRoom(f"the device has no memory for a cache of {positions} positions a slot") from error
 
     def use(self, rows: Rows) -> None:
         """The next forward is of these rows."""
-        for layer in self.layers:
+        for layer in self._own:
             layer.use(rows)
 
     @torch.inference_mode()
     def cut_slot(self, slot: int, length: int) -> None:
         """Forget a slot's positions from ``length`` on."""
         if length == 0:  # what overflowed in it must not reach a neighbour that is padded to its length
-            for layer in self.layers:
+            for layer in self._own:
                 for store in layer.stores:
                     for part in store.parts(slot, self.lengths[slot] + self._spare):
                         part.zero_()
@@ -195,7 +197,7 @@ class SlotCache(Cache):
         length = self.lengths[slot]
         tensors = {
             f"{number}.{kind}.{part}": values.contiguous()
-            for number, layer in enumerate(self.layers)
+            for number, layer in enumerate(self._own)
             for kind, store in zip("kv", layer.stores, strict=True)
             for part, values in enumerate(store.parts(slot, length))
         }
@@ -208,7 +210,7 @@ class SlotCache(Cache):
         length = tensors["0.k.0"].shape[1]
         make_room(length)
         self.reserve(length)
-        for number, layer in enumerate(self.layers):
+        for number, layer in enumerate(self._own):
             for kind, store in zip("kv", layer.stores, strict=True):
                 for part, place in enumerate(store.parts(slot, length)):
                     place.copy_(tensors[f"{number}.{kind}.{part}"])
@@ -217,7 +219,7 @@ class SlotCache(Cache):
     @torch.inference_mode()
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """The first positions of one slot to another one."""
-        for layer in self.layers:
+        for layer in self._own:
             for store in layer.stores:
                 for old, new in zip(store.parts(source, length), store.parts(target, length), strict=True):
                     new.copy_(old)

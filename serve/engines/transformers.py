@@ -92,11 +92,18 @@ class TransformersEngine:
     def encode(self, text: str) -> list[int]:
         return with_bos(self._vocabulary.encode(text), self._vocabulary.bos)
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    @property
+    def tool_template(self) -> str | None:
+        template = self._tokenizer.chat_template
+        return template.get("tool_use", template.get("default")) if isinstance(template, dict) else template
+
+    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         if self._tokenizer.chat_template is None:
             raise ChatTemplateError(chat_template.NO_TEMPLATE)
         try:
-            text = self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = self._tokenizer.apply_chat_template(
+                messages, tools=tools, add_generation_prompt=True, tokenize=False
+            )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise chat_template.refused(error) from error
         return self._vocabulary.encode(text)

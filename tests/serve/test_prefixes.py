@@ -1,5 +1,7 @@
 """Prefixes outlive their slot and the process, within limits, and never come back wrong."""
 
+import logging
+
 import numpy as np
 import pytest
 
@@ -100,6 +102,8 @@ def test_a_damaged_file_is_no_prefix(tmp_path, harm):
 
 
 def test_a_disk_that_is_full_costs_reuse_and_nothing_else(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("llmlite"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("llmlite.serve"), "propagate", True)
     store = PrefixStore("f", 10**6, tmp_path, 10**6)
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     store.put(ids([5] * 200), None, state(200))

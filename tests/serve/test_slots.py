@@ -22,8 +22,10 @@ def tokens(start, count):
 def test_the_slot_with_most_of_the_prompt_is_taken():
     engine = ScriptedEngine(slots=3)
     first, second = tokens(0, 100), tokens(100, 100)
-    assert run(engine, first) == (0, 0)
+    busy = engine.open([7])
     assert run(engine, second) == (0, 1)
+    engine.close(busy, keep=False)
+    assert run(engine, first) == (0, 0)
     assert run(engine, [*second, 1, 2]) == (100, 1)
     assert run(engine, [*first[:60], 9]) == (60, 0)
 

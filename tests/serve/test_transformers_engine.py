@@ -1,5 +1,7 @@
 """The engine for safetensors checkpoints by itself, held against transformers' own forward on tiny random models."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from llmlite.serve.engines.base import NoRoom, Piece
 from llmlite.serve.engines.slot_cache import Rows
 from llmlite.serve.engines.transformers import FEW, TransformersEngine
 from llmlite.serve.settings import ServeSettings
+from tests.serve.conftest import running
 from tests.tiny import FAMILIES, edit_config, save_tiny
 
 LOGITS = 3e-5  # float32 rounding of logits up to 6
@@ -239,6 +242,24 @@ def test_a_step_that_fails_halfway_changes_nothing(tiny, monkeypatch):
     assert len(forwards) == 2
     assert [one.tokens, two.tokens, engine.room()] == before
     assert_right(model, [one, two], engine.step([Piece(one, [6], 1), Piece(two, ids(20, 4), 2)]))
+
+
+def test_more_requests_than_the_cache_holds_are_all_answered_as_if_alone(tiny):
+    model = tiny()
+    prompts = [ids(50 + 9 * n, n) for n in range(6)]
+    wanted = []
+    for prompt in prompts:
+        with torch.inference_mode():
+            out = model.model.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False, pad_token_id=0)
+        wanted.append(out[0, len(prompt) :].tolist())
+    engine = model.engine(cells=300)
+    with running(engine, parallel=4) as server, ThreadPoolExecutor(6) as pool:
+        ask = {"max_tokens": 60, "temperature": 0}
+        answers = list(pool.map(lambda prompt: server.complete(prompt, **ask).json(), prompts))
+    for answer, tokens in zip(answers, wanted, strict=True):
+        said = b"".join(engine.token_bytes(token, special=False) for token in tokens if token not in engine.eos)
+        assert answer["choices"][0]["text"] == said.decode("utf-8", "replace")
+        assert answer["usage"]["completion_tokens"] == len(tokens)
 
 
 def test_numbers_that_overflowed_reach_no_neighbour(tiny):
