@@ -115,7 +115,8 @@ def test_other_apis_over_a_stream_that_breaks(over_raw, raw):
     raw.answer = stream(CHUNK, CHUNK[:9], end=False)
     body = {"model": "model", "input": "a"}
     error_of(over_raw.post("/v1/responses", body), 502, code="upstream_failed")
-    assert "upstream_failed" in over_raw.post("/v1/responses", {**body, "stream": True}).text.split("event: ")[-1]
+    last = over_raw.post("/v1/responses", {**body, "stream": True}).text.split("event: ")[-1]
+    assert last.startswith("response.failed") and '"error":{"code":"server_error"' in last
     raw.answer = stream(CHUNK, b'data: {"error":{"message":"no room"}}\n\n')
     assert "no room" in error_of(over_raw.post("/v1/responses", body), 502)
     raw.answer = reply("nothing here", 404)
@@ -376,7 +377,9 @@ def test_requests_are_shared_and_one_that_dies_is_left_out(raw):
                 idle = next(engine for engine in engines if not engine.calls)
                 for _ in range(4):
                     server.chat("say:b")
-                assert idle.calls.count(1) == 4, "all went to the one with nothing to do"
+                busy = next(engine for engine in engines if engine is not idle)
+                assert len(idle.steps) >= 8
+                assert all(len(step) == 1 for step in busy.steps), "all went to the one with nothing to do"
         answers = [server.chat("say:c") for _ in range(6)]
         assert [answer.status_code for answer in answers] == [200] * 6
         assert httpx.get(server.url + "/health").json()["well"] == 1
