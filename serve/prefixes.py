@@ -67,8 +67,9 @@ class Match:
 class PrefixStore:
     """Used by the engine's thread alone, but for `close`; files are written by a thread of the store's own.
 
-    ``memory`` and ``disk``: most bytes there, whatever else the folder holds of other stores at the start included; ``folder`` None: nothing goes to disk; ``whole``: a state is of use with
-    all of its tokens or not at all, as nothing can be cut off.
+    ``memory`` and ``disk``: most bytes there, at the start with the files of other stores in the folder; ``folder``
+    None: nothing goes to disk; ``whole``: a state is of use with all of its tokens or not at all, as nothing can be
+    cut off.
     """
 
     def __init__(

@@ -14,7 +14,6 @@ from llmlite.serve.engines import Opened, open_artifact
 from llmlite.serve.engines.base import EngineBroken
 from llmlite.serve.models import Model, ModelSpec
 from llmlite.serve.routes.answering import Streamed
-
 from llmlite.serve.settings import ServeSettings
 from tests.serve.conftest import error_of, serving
 from tests.serve.scripted_engine import ScriptedEngine
