@@ -11,6 +11,7 @@ import numpy as np
 from llmlite.serve.constraint import Constraint
 from llmlite.serve.drafting import Drafter, Pace
 from llmlite.serve.engines.base import Engine, Piece, Sequence
+from llmlite.serve.repeats import History
 from llmlite.serve.sampling import Sampling, allowed, choose, generator, log_softmax, most_likely
 from llmlite.serve.text import TextStream
 
@@ -85,6 +86,7 @@ class Generation:
         self._constraint = None if work.constraint is None else work.constraint()
         self._random = None if work.sampling.greedy else generator(work.seed, work.choice)
         self._counts: Counter[int] = Counter()
+        self._history: History | None = None
         self._last = 0
         self._begin = 0
         self._pending: list[TokenScore] = []
@@ -156,8 +158,11 @@ class Generation:
             raise FloatingPointError("the model's logits are not finite: its weights are damaged or it overflowed")
         if self.work.max_tokens == 0:
             return "", "length"
+        repeats = self.work.sampling.repeats
+        if self._history is None and not repeats.neutral:
+            self._history = History(self.work.prompt, repeats)
         mask = None if self._constraint is None else self._constraint.mask()
-        token = choose(allowed(logits, mask), self.work.sampling, self._counts, self._random)
+        token = choose(allowed(logits, mask), self.work.sampling, self._counts, self._random, self._history)
         self.generated += 1
         if self._constraint is not None:
             self._constraint.accept(token)
@@ -165,6 +170,8 @@ class Generation:
         if token in self._engine.eos:
             return self._text.finish(), "stop"
         self._counts[token] += 1
+        if self._history is not None:
+            self._history.accept(token)
         if self._drafter is not None:
             self._drafter.accept(token)
         if self.work.top_logprobs is not None:
