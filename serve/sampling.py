@@ -27,7 +27,7 @@ LEAST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose: ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and ``typical_p`` 1 cut nothing.
+    """How to choose: ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` and ``typical_p`` 1, ``min_p`` 0 cut nothing.
 
     A temperature that float32, in which logits are divided by it, does not hold is greedy, too.
     """

@@ -58,7 +58,10 @@ class Service:
                 lookup=settings.draft == "lookup",
                 timeout=settings.request_timeout,
             ),
+            opened.draft,
         )
+        self._draft = opened.draft
+        self._drafting = settings.draft
         self._max_queue = settings.max_queue
         self._embedding = asyncio.Lock()
         self._embeddings = 0  # texts that are embedded or wait for it
@@ -77,6 +80,8 @@ class Service:
         self._text_thread.shutdown()
         self._compiler.close()
         self.engine.close_model()
+        if self._draft is not None:
+            self._draft.close()
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, off the event loop: a megabyte takes a second."""
@@ -164,10 +169,18 @@ class Service:
         return {
             "engine": {"name": self.engine.name, "version": self.engine.version},
             "context": self.engine.context,
+            "draft": self._draft_facts(),
             "format": self.manifest.get("format"),
             "base": self.manifest.get("base"),
             "evals": self.manifest.get("evals", {}),
         }
+
+    def _draft_facts(self) -> dict[str, Any] | None:
+        if self._drafting == "off":
+            return None
+        stats = self.scheduler.stats
+        rate = round(stats.accepted_tokens / stats.drafted_tokens, 4) if stats.drafted_tokens else None
+        return {"by": "lookup" if self._draft is None else "model", "acceptance": rate}
 
     def works(
         self,
