@@ -52,11 +52,10 @@ class PromptLookup:
     """
 
     def __init__(self, prompt: list[int]) -> None:
+        self._prompt = prompt  # noted with the first token of the reply: sequences that wait cost nothing
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}
         self._most = 0
-        for token in prompt:
-            self.accept(token)
 
     def ask(self, most: int) -> None:
         self._most = most
@@ -70,6 +69,11 @@ class PromptLookup:
 
     def accept(self, token: int) -> None:
         """Runs of tokens are noted one token late: the last one is what is looked up."""
+        prompt, self._prompt = self._prompt, []
+        for each in (*prompt, token):
+            self._note(each)
+
+    def _note(self, token: int) -> None:
         for size in range(SHORTEST, LONGEST + 1):
             if len(self._tokens) >= size:
                 self._ends[tuple(self._tokens[-size:])] = len(self._tokens)
