@@ -17,11 +17,32 @@ PAUSE = 48
 class Drafter(Protocol):
     """Guesses of one sequence. Used on the engine thread alone."""
 
-    def propose(self, most: int) -> list[int]:
-        """Up to ``most`` tokens that may follow."""
+    def ask(self, most: int) -> None:
+        """Up to ``most`` guesses will be wanted for the next step; 0: none."""
+
+    def propose(self) -> list[int]:
+        """The guesses that were asked for, or fewer."""
 
     def accept(self, token: int) -> None:
         """The sequence has one more token."""
+
+    def close(self) -> None:
+        """The sequence is over."""
+
+
+class Drafts(Protocol):
+    """What makes `Drafter`s; ``seconds``: what one guess costs."""
+
+    seconds: float
+
+    def open(self, prompt: list[int]) -> Drafter:
+        """The guesses for a sequence that begins with ``prompt``."""
+
+    def run(self) -> None:
+        """Make the guesses that were asked for since the last call."""
+
+    def close(self) -> None:
+        """Free what it holds."""
 
 
 class PromptLookup:
@@ -34,12 +55,16 @@ class PromptLookup:
         self._prompt = prompt  # noted with the first token of the reply: sequences that wait cost nothing
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}
+        self._most = 0
 
-    def propose(self, most: int) -> list[int]:
+    def ask(self, most: int) -> None:
+        self._most = most
+
+    def propose(self) -> list[int]:
         for size in range(LONGEST, SHORTEST - 1, -1):
             place = self._ends.get(tuple(self._tokens[-size:]))
-            if place is not None:
-                return self._tokens[place : place + most]
+            if self._most and place is not None:
+                return self._tokens[place : place + self._most]
         return []
 
     def accept(self, token: int) -> None:
@@ -53,6 +78,24 @@ class PromptLookup:
             if len(self._tokens) >= size:
                 self._ends[tuple(self._tokens[-size:])] = len(self._tokens)
         self._tokens.append(token)
+
+    def close(self) -> None:
+        pass
+
+
+class Lookups:
+    """`PromptLookup` for every sequence; guesses cost nothing."""
+
+    seconds = 0.0
+
+    def open(self, prompt: list[int]) -> PromptLookup:
+        return PromptLookup(prompt)
+
+    def run(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 class Pace:

@@ -11,6 +11,7 @@ import numpy as np
 from llmlite.serve.constraint import Constraint
 from llmlite.serve.drafting import Drafter, Pace
 from llmlite.serve.engines.base import Engine, Piece, Sequence
+from llmlite.serve.repeats import History
 from llmlite.serve.sampling import Sampling, allowed, choose, generator, log_softmax, most_likely
 from llmlite.serve.text import TextStream
 
@@ -81,10 +82,13 @@ class Generation:
         self._drafter = drafter
         self._pace = Pace()
         self._draft: list[int] = []
+        self.drafted = 0
+        self.accepted = 0
         self._text = TextStream(work.stops)
         self._constraint = None if work.constraint is None else work.constraint()
         self._random = None if work.sampling.greedy else generator(work.seed, work.choice)
         self._counts: Counter[int] = Counter()
+        self._history: History | None = None
         self._last = 0
         self._begin = 0
         self._pending: list[TokenScore] = []
@@ -106,11 +110,14 @@ class Generation:
         self.sequence = self._engine.open(self.work.prompt, self.work.adapter, reuse=not self.work.score_prompt)
         return self.sequence
 
-    def piece(self, most: int, price: float | None = None) -> Piece:
-        """What to run next: up to ``most`` tokens of the prompt, or the last token drawn with guesses behind it.
+    def look_ahead(self, price: float | None) -> None:
+        """Ask for guesses. ``price``: what one costs, in steps that it could save; None: no guesses."""
+        if self._drafter is not None:
+            left = self.work.max_tokens - self.generated - 1
+            self._drafter.ask(0 if price is None else max(0, min(self._pace.most(price), left)))
 
-        ``price``: what a guess costs, in steps that it could save; None: no guesses.
-        """
+    def piece(self, most: int) -> Piece:
+        """What to run next: up to ``most`` tokens of the prompt, or the last token drawn with guesses behind it."""
         assert self.sequence is not None
         if self.prompt_left > 0:
             self._begin = len(self.sequence.tokens)
@@ -119,10 +126,7 @@ class Generation:
             tokens = self.work.prompt[self._begin : self._begin + most]
             last = self._begin + len(tokens) == len(self.work.prompt)
             return Piece(self.sequence, tokens, len(tokens) if self.work.score_prompt else int(last))
-        guesses = 0
-        if self._drafter is not None and price is not None:
-            guesses = min(most - 1, self._pace.most(price), self.work.max_tokens - self.generated - 1)
-        self._draft = self._drafter.propose(guesses) if self._drafter is not None and guesses > 0 else []
+        self._draft = [] if self._drafter is None else self._drafter.propose()[: most - 1]
         return Piece(self.sequence, [self._last, *self._draft], 1 + len(self._draft))
 
     def take(self, rows: np.ndarray) -> Delta | None:
@@ -143,6 +147,8 @@ class Generation:
             right += 1
         if self._draft:
             self._pace.note(len(self._draft), right)
+            self.drafted += len(self._draft)
+            self.accepted += right
             wrong = len(self._draft) - right
             if wrong:
                 self._engine.cut(self.sequence, len(self.sequence.tokens) - wrong)
@@ -153,6 +159,8 @@ class Generation:
         if self.sequence is not None:
             self._engine.close(self.sequence, keep)
             self.sequence = None
+        if self._drafter is not None:
+            self._drafter.close()
 
     def _next(self, logits: np.ndarray) -> tuple[str, str | None]:
         """Draw a token from one row of logits: the text that it makes certain, and why the sequence ends, or None."""
@@ -160,8 +168,11 @@ class Generation:
             raise FloatingPointError("the model's logits are not finite: its weights are damaged or it overflowed")
         if self.work.max_tokens == 0:
             return "", "length"
+        repeats = self.work.sampling.repeats
+        if self._history is None and not repeats.neutral:
+            self._history = History(self.work.prompt, repeats)
         mask = None if self._constraint is None else self._constraint.mask()
-        token = choose(allowed(logits, mask), self.work.sampling, self._counts, self._random)
+        token = choose(allowed(logits, mask), self.work.sampling, self._counts, self._random, self._history)
         self.generated += 1
         if self._constraint is not None:
             self._constraint.accept(token)
@@ -169,6 +180,8 @@ class Generation:
         if token in self._engine.eos:
             return self._text.finish(), "stop"
         self._counts[token] += 1
+        if self._history is not None:
+            self._history.accept(token)
         if self._drafter is not None:
             self._drafter.accept(token)
         if self.work.top_logprobs is not None:

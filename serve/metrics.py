@@ -23,6 +23,8 @@ COUNTERS = {
     "cached_tokens": ("cached_prompt_tokens", "Prompt tokens that were in the cache."),
     "generated_tokens": ("generated_tokens", "Tokens that were drawn, end tokens too."),
     "prefix_hits": ("prefix_hits", "Sequences that found some of their prompt in the cache."),
+    "drafted_tokens": ("drafted_tokens", "Guessed tokens that were tried."),
+    "accepted_tokens": ("accepted_draft_tokens", "Guessed tokens that were right."),
     "preemptions": ("preemptions", "Sequences that had to leave their cells to others for a while."),
     "steps": ("engine_steps", "Steps of the engine."),
     "step_seconds": ("engine_step_seconds", "Seconds that these steps took."),

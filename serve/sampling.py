@@ -1,6 +1,6 @@
 """From logits to the next token: pure functions on one row of logits, the same for every engine.
 
-Order, as in transformers and vLLM: logit_bias and penalties, temperature, top_k, top_p, min_p, draw. The
+Order, as in transformers and vLLM: logit_bias and penalties, temperature, top_k, top_p, min_p, typical_p, draw. The
 log-probabilities that are reported are the model's own, before all of that.
 """
 
@@ -12,8 +12,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmlite.serve.repeats import History, Repeats
+
 FLOORS = (0.1, 1e-2, 1e-3, 1e-5, 1e-8)
 """Shares of the likeliest token's probability above which likely tokens are looked for first."""
+
+SORTED = 512
+"""So many values are sorted; of more it is first found out which matter."""
 
 BLOCK = 64
 
@@ -22,7 +27,7 @@ LEAST_TEMPERATURE = float(np.finfo(np.float32).smallest_normal)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose: ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 cut nothing.
+    """How to choose: ``temperature`` 0 is greedy; ``top_k`` 0, ``top_p`` and ``typical_p`` 1, ``min_p`` 0 cut nothing.
 
     A temperature that float32, in which logits are divided by it, does not hold is greedy, too.
     """
@@ -31,6 +36,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    typical_p: float = 1.0
+    repeats: Repeats = field(default_factory=Repeats)
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -46,15 +53,20 @@ def generator(seed: int | None, choice: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(entropy)))
 
 
-def adjust(logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int]) -> np.ndarray:
+def adjust(
+    logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int], history: History | None = None
+) -> np.ndarray:
     """Logits [vocab] less the penalties of the tokens generated so far (``counts``), plus the biases.
 
-    As OpenAI documents it: logit - count * frequency_penalty - (count > 0) * presence_penalty.
+    As OpenAI documents it: logit - count * frequency_penalty - (count > 0) * presence_penalty; before that
+    ``history`` has what `Repeats` asks for.
     """
     penalized = counts and (sampling.frequency_penalty or sampling.presence_penalty)
-    if not penalized and not sampling.logit_bias:
+    if not penalized and not sampling.logit_bias and history is None:
         return logits
     logits = logits.copy()
+    if history is not None:
+        history.penalize(logits)
     if penalized:
         ids = np.fromiter(counts.keys(), np.int64, len(counts))
         times = np.fromiter(counts.values(), np.float32, len(counts))
@@ -98,7 +110,7 @@ def _scratch(size: int) -> np.ndarray:
 
 
 def _kept(weights: np.ndarray, sampling: Sampling) -> np.ndarray | None:
-    """The ids that top_k, top_p and min_p leave; None for all."""
+    """The ids that top_k, top_p, min_p and typical_p leave; None for all."""
     ids: np.ndarray | None = None
     if 0 < sampling.top_k < len(weights):
         ids = _heaviest(weights, sampling.top_k, FLOORS)
@@ -106,6 +118,8 @@ def _kept(weights: np.ndarray, sampling: Sampling) -> np.ndarray | None:
         ids = _nucleus(weights, ids, sampling.top_p)
     if sampling.min_p > 0:
         ids = np.flatnonzero(weights >= sampling.min_p) if ids is None else ids[weights[ids] >= sampling.min_p]
+    if sampling.typical_p < 1:
+        ids = _typical(weights, ids, sampling.typical_p)
     return ids
 
 
@@ -137,11 +151,51 @@ def _nucleus(weights: np.ndarray, ids: np.ndarray | None, top_p: float) -> np.nd
     return best if ids is None else ids[best]
 
 
+def _typical(weights: np.ndarray, ids: np.ndarray | None, typical_p: float) -> np.ndarray:
+    """The fewest of ``ids`` (None: of all) that hold a share of ``typical_p``, those first whose surprise is nearest to
+    the expected one (https://arxiv.org/abs/2202.00666)."""
+    ids = np.flatnonzero(weights) if ids is None else ids[weights[ids] > 0]
+    kept = weights[ids]
+    whole = float(kept.sum(dtype=np.float64))
+    logs = np.log(kept)
+    distances = np.abs(logs - np.float32(np.dot(kept, logs) / whole))
+    last, ties = _least(distances, kept, typical_p * whole)
+    chosen = distances < last
+    chosen[np.flatnonzero(distances == last)[:ties]] = True
+    return ids[chosen]
+
+
+def _least(values: np.ndarray, weights: np.ndarray, enough: float) -> tuple[float, int]:
+    """Which of the smallest values hold weights of ``enough`` together: the largest of them, and how many have it.
+
+    Halves what is looked at until little enough is left to be sorted: 0.2 milliseconds of 49,152 instead of 4.
+    """
+    before = 0.0
+    while len(values) > SORTED:
+        pivot = np.median(values[:: len(values) // 63])
+        below = values <= pivot
+        if below.all():
+            break
+        held = before + float(weights[below].sum(dtype=np.float64))
+        if held < enough:
+            before, below = held, ~below
+        values, weights = values[below], weights[below]
+    order = np.argsort(values, kind="stable")
+    reached = before + np.cumsum(weights[order], dtype=np.float64)
+    place = int(np.searchsorted(reached[:-1], enough))
+    last = values[order[place]]
+    return float(last), int(np.count_nonzero(values[order[: place + 1]] == last))
+
+
 def choose(
-    logits: np.ndarray, sampling: Sampling, counts: Mapping[int, int], random: np.random.Generator | None
+    logits: np.ndarray,
+    sampling: Sampling,
+    counts: Mapping[int, int],
+    random: np.random.Generator | None,
+    history: History | None = None,
 ) -> int:
     """The next token for one row of logits. ``random`` is not touched when the choice is greedy."""
-    logits = adjust(logits, sampling, counts)
+    logits = adjust(logits, sampling, counts, history)
     if sampling.greedy or random is None:
         return int(np.argmax(logits))
     weights = _weights(logits, sampling)

@@ -23,7 +23,7 @@ import numpy as np
 
 from llmlite.serve.admission import Admission
 from llmlite.serve.calls import Call, EngineDead
-from llmlite.serve.drafting import PromptLookup
+from llmlite.serve.drafting import Drafts, Lookups
 from llmlite.serve.engines.base import Engine, EngineBroken, NoRoom, Piece
 from llmlite.serve.generation import Delta, Generation, Work
 from llmlite.serve.stats import Stats
@@ -52,8 +52,10 @@ class SchedulerSettings:
 class Scheduler:
     """Runs `Work` on an engine. All methods may be called from any thread."""
 
-    def __init__(self, engine: Engine, settings: SchedulerSettings) -> None:
+    def __init__(self, engine: Engine, settings: SchedulerSettings, drafts: Drafts | None = None) -> None:
         self._engine = engine
+        guess = engine.can_cut and not settings.exact
+        self._drafts = (drafts or (Lookups() if settings.lookup else None)) if guess else None
         self._settings = settings
         self._changed = threading.Condition()
         self._waiting: deque[Ticket] = deque()
@@ -161,8 +163,7 @@ class Scheduler:
         self._thread.join()
 
     def _generation(self, work: Work) -> Generation:
-        guess = self._settings.lookup and self._engine.can_cut and not self._settings.exact
-        return Generation(work, self._engine, PromptLookup(work.prompt) if guess else None)
+        return Generation(work, self._engine, None if self._drafts is None else self._drafts.open(work.prompt))
 
     def _own(self) -> None:
         refusal: Callable[[], Exception] = _shutting_down
@@ -241,7 +242,7 @@ class Scheduler:
         if self._settings.exact:
             pieces = plan_exactly(self._running, self._turns)
         else:
-            pieces = plan(self._running, self._engine, self._rates)
+            pieces = plan(self._running, self._engine, self._rates, self._drafts)
         self._turns += 1
         begun = time.perf_counter()
         pieces.sort(key=_adapter)
@@ -278,9 +279,11 @@ class Scheduler:
     def _note(self, seconds: float, pieces: Pieces) -> None:
         self._stats.decode_seconds += seconds
         generating = [piece for ticket, piece in pieces if ticket.generation.generated]
+        tokens = sum(len(piece.tokens) for _, piece in pieces)
         if all(len(piece.tokens) == 1 for piece in generating):
-            tokens = sum(len(piece.tokens) for _, piece in pieces)
             self._rates.note(seconds, len(generating), tokens - len(generating))
+        elif len(generating) == len(pieces):
+            self._rates.note_guesses(seconds, tokens - len(generating))
 
     def _make_room(self, pieces: Pieces) -> None:
         """Let sequences that generate go before prompts; then the one that began last leaves the cache."""
@@ -302,9 +305,12 @@ class Scheduler:
 
     def _take(self, ticket: Ticket, logits: np.ndarray) -> None:
         before = ticket.generation.generated
+        drafted, accepted = ticket.generation.drafted, ticket.generation.accepted
         delta = ticket.generation.take(logits)
         if delta is None:
             return
+        self._stats.drafted_tokens += ticket.generation.drafted - drafted
+        self._stats.accepted_tokens += ticket.generation.accepted - accepted
         self._count(ticket, delta.generated - before)
         if delta.finish:
             self._retire(ticket, keep=True)

@@ -74,6 +74,9 @@ BIASES = {
 """What `_stop_list` and `_bias_table` take, for the OpenAPI document."""
 
 
+Breaker = Annotated[Text, Field(min_length=1, max_length=40)]
+
+
 class StreamOptions(Strict):
     include_usage: StrictBool | None = None
     include_obfuscation: Annotated[Any, only(False)] = None
@@ -83,7 +86,9 @@ class Generating(Strict):
     """What chat and plain completions share. Null means the default, as OpenAI has it.
 
     Extensions: ``top_k`` draws from the k likeliest tokens (0: from all), ``min_p`` only from those with at least
-    this share of the likeliest one's probability; ``grammar`` (GBNF, as llama-server takes it) and
+    this share of the likeliest one's probability, ``typical_p`` from those whose surprise is nearest to the expected
+    one; ``repetition_penalty`` divides the logits of the ``repeat_last_n`` last tokens of prompt and reply (-1: of
+    all), ``dry_multiplier`` penalizes runs that stood there before; ``grammar`` (GBNF, as llama-server takes it) and
     ``structured_outputs`` (as vLLM takes it) hold the answer to a grammar.
     """
 
@@ -96,6 +101,14 @@ class Generating(Strict):
     top_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
     top_k: Annotated[int, between(0, 2**31)] | None = None
     min_p: Annotated[float, between(0, 1)] | None = None
+    typical_p: Annotated[float, Field(strict=True, gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, between(0.01, 100)] | None = None
+    repeat_last_n: Annotated[int, between(-1, 2**31)] | None = None
+    dry_multiplier: Annotated[float, between(0, 100)] | None = None
+    dry_base: Annotated[float, between(1, 100)] | None = None
+    dry_allowed_length: Annotated[int, between(1, 2**31)] | None = None
+    dry_penalty_last_n: Annotated[int, between(-1, 2**31)] | None = None
+    dry_sequence_breakers: Annotated[list[Breaker], Field(max_length=16)] | None = None
     seed: Annotated[int, between(-(2**63), 2**63 - 1)] | None = None
     stop: Annotated[Any, AfterValidator(_stop_list), WithJsonSchema(STOPS), Field(default_factory=list)]
     frequency_penalty: Annotated[float, between(-2, 2)] | None = None

@@ -19,6 +19,7 @@ from llmlite.serve.engines import Opened
 from llmlite.serve.engines.base import ChatTemplateError
 from llmlite.serve.errors import ApiError, as_api_error
 from llmlite.serve.generation import Work
+from llmlite.serve.repeats import Breakers, BreakerTable, Dry, Repeats
 from llmlite.serve.sampling import Sampling
 from llmlite.serve.scheduler import EngineDead, QueueFull, Scheduler, SchedulerSettings, ShuttingDown
 from llmlite.serve.schema import Generating
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 log = logging.getLogger("llmlite.serve")
 
+DRY_BREAKERS = ("\n", ":", '"', "*")
+"""Where a run ends for DRY unless the request says otherwise: llama-server's default."""
+
 
 class Service:
     """What the endpoints share: the engine, its scheduler and a thread for templates and tokenizing."""
@@ -54,13 +58,17 @@ class Service:
                 lookup=settings.draft == "lookup",
                 timeout=settings.request_timeout,
             ),
+            opened.draft,
         )
+        self._draft = opened.draft
+        self._drafting = settings.draft
         self._max_queue = settings.max_queue
         self._embedding = asyncio.Lock()
         self._embeddings = 0  # texts that are embedded or wait for it
         self._text_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         engine = self.engine
         self.call_format = format_of(engine.tool_template)
+        self._breakers = BreakerTable(engine.vocab_size, engine.token_bytes, self._encode_plain)
         self._compiler = Compiler(engine, self.call_format.markers)
         identity = "\n".join([spec.name, engine.name, engine.version, llmlite.__version__, repr(self.manifest)])
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
@@ -74,10 +82,15 @@ class Service:
         self._text_thread.shutdown()
         self._compiler.close()
         self.engine.close_model()
+        if self._draft is not None:
+            self._draft.close()
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, off the event loop: a megabyte takes a second."""
         return await asyncio.get_running_loop().run_in_executor(self._text_thread, self.engine.encode, text)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self.engine.encode(text)[len(self.engine.encode("")) :]
 
     async def encode_chat(self, messages: list[dict[str, Any]], calling: Calling | None = None) -> list[int]:
         """Token ids of a conversation in which the model is told of its tools. Raises `ChatTemplateError`."""
@@ -95,8 +108,16 @@ class Service:
                 raise
             return self.engine.encode_chat(without_system(told))
 
-    async def constrained(self, works: list[Work], request: Generating, calling: Calling | None = None) -> list[Work]:
-        """``works`` held to the form that the request wants of its answer. Raises 400 for one that can't be held to."""
+    async def prepared(self, works: list[Work], request: Generating, calling: Calling | None = None) -> list[Work]:
+        """``works`` with what takes time: sequence breakers, and the form that the request wants of its answer.
+
+        Raises 400 for a form that can't be held to.
+        """
+        if request.dry_multiplier:
+            breakers = DRY_BREAKERS if request.dry_sequence_breakers is None else request.dry_sequence_breakers
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._text_thread, self._breakers.breakers, breakers)
+            works = [replace(work, sampling=_with_breakers(work.sampling, found)) for work in works]
         try:
             grammar = grammar_of(request, calling)
             if grammar is None:
@@ -150,10 +171,18 @@ class Service:
         return {
             "engine": {"name": self.engine.name, "version": self.engine.version},
             "context": self.engine.context,
+            "draft": self._draft_facts(),
             "format": self.manifest.get("format"),
             "base": self.manifest.get("base"),
             "evals": self.manifest.get("evals", {}),
         }
+
+    def _draft_facts(self) -> dict[str, Any] | None:
+        if self._drafting == "off":
+            return None
+        stats = self.scheduler.stats
+        rate = round(stats.accepted_tokens / stats.drafted_tokens, 4) if stats.drafted_tokens else None
+        return {"by": "lookup" if self._draft is None else "model", "acceptance": rate}
 
     def works(
         self,
@@ -197,5 +226,26 @@ class Service:
 
 
 def _sampling(request: Generating) -> Sampling:
-    names = {"temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty"}
-    return Sampling(**request.model_dump(include=names, exclude_none=True), logit_bias=request.logit_bias)
+    """The request's sampling; sequence breakers, which take time, are put in by `Service.prepared`."""
+    names = {"temperature", "top_p", "top_k", "min_p", "typical_p", "frequency_penalty", "presence_penalty"}
+    given = request.model_dump(include=names, exclude_none=True)
+    return Sampling(**given, repeats=_repeats(request), logit_bias=request.logit_bias)
+
+
+def _repeats(request: Generating) -> Repeats:
+    dry = None
+    if request.dry_multiplier:
+        given = {
+            "base": request.dry_base,
+            "allowed_length": request.dry_allowed_length,
+            "last_n": request.dry_penalty_last_n,
+        }
+        dry = Dry(request.dry_multiplier, **{name: value for name, value in given.items() if value is not None})
+    last_n = -1 if request.repeat_last_n is None else request.repeat_last_n
+    return Repeats(request.repetition_penalty or 1.0, last_n, dry)
+
+
+def _with_breakers(sampling: Sampling, breakers: Breakers) -> Sampling:
+    assert sampling.repeats.dry is not None
+    dry = replace(sampling.repeats.dry, breakers=breakers)
+    return replace(sampling, repeats=replace(sampling.repeats, dry=dry))

@@ -163,6 +163,8 @@ class ServeSettings:
             raise InputError(f"cells {self.cells}: must be at least the context, {self.context}")
         if not self.draft:
             raise InputError("draft: an artifact, lookup or off is right")
+        if self.exact and self.draft != "off":
+            raise InputError(f"draft {self.draft}: does not go with exact, where one token is run at a time")
 
     def _check_cache(self) -> None:
         _ = self.kv_types, self.cache_ram_bytes, self.cache_disk_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
+from llmlite.serve.drafting import Drafts
 from llmlite.serve.engines.base import Engine, Piece
 from llmlite.serve.tickets import Ticket
 
@@ -20,43 +21,65 @@ SHORT = 256
 STRETCH = 1.2
 LEAST = 16
 
+TIMED_EVERY = 32
+"""Steps with guesses, after which there is one without."""
+
 
 @dataclass
 class Rates:
-    """Moving averages in seconds: a step without prompt tokens, for each of its sequences; one more token of a step."""
+    """Moving averages in seconds: a step without prompt tokens, for each of its sequences; one more token of a step.
+
+    ``row``: one more token of a step where it was a guess, which costs more than a prompt's; 0 until there was one.
+    """
 
     step: float = 0.0
     sequence: float = 0.0
     token: float = 0.0
+    row: float = 0.0
+    guessed: int = 0  # steps with guesses since the last one without
 
     def note(self, seconds: float, sequences: int, prompt_tokens: int) -> None:
         """How long a step was that took one token of each sequence and ``prompt_tokens`` of prompts."""
         if sequences and not prompt_tokens:
             self.step = _average(self.step, seconds)
             self.sequence = _average(self.sequence, seconds / sequences)
+            self.guessed = 0
         elif prompt_tokens >= LEAST:
             self.token = _average(self.token, max(0.0, seconds - self.step * bool(sequences)) / prompt_tokens)
 
-    @property
-    def guess(self) -> float | None:
-        """What a guessed token costs, in steps of one sequence that it could save; None while it isn't known."""
-        return self.token / self.sequence if self.sequence and self.token else None
+    def note_guesses(self, seconds: float, guesses: int) -> None:
+        """How long a step was that took one token of each sequence and ``guesses``."""
+        self.row = _average(self.row, max(1e-9, seconds - self.step) / guesses)
+        self.guessed += 1
+
+    def price(self, drafting: float) -> float | None:
+        """What a guessed token costs, in steps of one sequence that it could save; None while it isn't known, and now
+        and then, for a step without guesses to be timed. ``drafting``: seconds in which a guess is made."""
+        if not self.sequence or not self.token or self.guessed >= TIMED_EVERY:
+            return None
+        return ((self.row or self.token) + drafting) / self.sequence
 
 
 def _average(before: float, now: float) -> float:
     return now if before == 0 else 0.8 * before + 0.2 * now
 
 
-def plan(running: Items[Ticket], engine: Engine, rates: Rates) -> list[tuple[Ticket, Piece]]:
+def plan(
+    running: Items[Ticket], engine: Engine, rates: Rates, drafts: Drafts | None = None
+) -> list[tuple[Ticket, Piece]]:
     """The pieces of one step, those that generate first; no more tokens and rows than the engine takes."""
     pieces: list[tuple[Ticket, Piece]] = []
     generating = [ticket for ticket in running if ticket.generation.prompt_left <= 0]
     prompts = [ticket for ticket in running if ticket.generation.prompt_left > 0]
     room, rows = engine.batch, engine.outputs - len(running)
+    if drafts is not None:
+        price = None if prompts else rates.price(drafts.seconds)
+        for ticket in generating:
+            ticket.generation.look_ahead(price)
+        drafts.run()
     for ticket in generating:
         left = room - len(generating) + len(pieces)  # each of those that follow has its token
-        price = None if prompts else rates.guess
-        piece = ticket.generation.piece(max(1, min(left, rows)), price)
+        piece = ticket.generation.piece(max(1, min(left, rows)))
         pieces.append((ticket, piece))
         room -= len(piece.tokens)
         rows -= len(piece.tokens) - 1

@@ -19,6 +19,7 @@ import psutil
 
 from llmlite.errors import InputError
 from llmlite.evals.llama import Llama, LlamaSettings
+from llmlite.serve.draft_model import DraftModel, open_draft
 from llmlite.serve.engines import chat_template
 from llmlite.serve.engines.base import ChatTemplateError, EngineBroken, NoRoom, Piece, Room, Sequence, with_bos
 from llmlite.serve.engines.llama_embed import LlamaEmbedder
@@ -145,6 +146,10 @@ class LlamaCppEngine:
         if self._embedder is None:  # its memory is taken when it is first needed
             self._embedder = LlamaEmbedder(self._llama, self.context)
         return self._embedder.embed(prompts)
+
+    def open_draft(self, file: Path, settings: ServeSettings) -> DraftModel:
+        """A draft model with a sequence for each slot. Raises `InputError` for one with another vocabulary."""
+        return open_draft(file, self._llama, self.context, self.slots, settings.threads)
 
     def close_model(self) -> None:
         self._slots.store_all()

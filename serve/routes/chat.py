@@ -36,7 +36,7 @@ async def prepare(using: Using, body: ChatRequest, field: str) -> tuple[list[Wor
     top = (body.top_logprobs or 0) if body.logprobs else None
     works = service.works(body, prompt, field, limit, top, using.served.adapter)
     calling = calling_of(body, service.call_format)
-    works = await service.constrained(works, body, calling)
+    works = await service.prepared(works, body, calling)
     return works, ChatAnswer(using.served, [len(prompt)] * len(works), body.include_usage, top is not None, calling)
 
 

@@ -38,7 +38,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
             choices = service.works(body, prompt, "prompt", limit, body.logprobs, using.served.adapter)
             works += [replace(work, score_prompt=scored) for work in choices]
             echoes += [(given, prompt) if body.echo else None] * n
-        works = await service.constrained(works, body)
+        works = await service.prepared(works, body)
         lengths = [len(work.prompt) for work in works]
         answer = CompletionAnswer(using.served, lengths, n, body.include_usage, body.logprobs is not None, echoes)
         return await using.answer(works, answer, bool(body.stream))
