@@ -97,6 +97,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--hf-repo")
+    parser.add_argument("--chat-template")
+    parser.add_argument("--chat-template-file")
     parser.add_argument("--alias")
     parser.add_argument("--api-key")
     parser.add_argument("--cors-origins")
@@ -108,6 +110,9 @@ def main(arguments: Sequence[str]) -> int:
     given, _ = parser.parse_known_args(arguments)
     if given.hf_repo is None or "stories260K" not in given.hf_repo or "infill" in given.hf_repo:
         print(f"there is no model here for {given.hf_repo}", file=sys.stderr)
+        return 2
+    if given.chat_template or given.chat_template_file:
+        print("a model is served with its own chat template", file=sys.stderr)
         return 2
     settings = ServeSettings(
         host=given.host, port=given.port, name=given.alias or "model", threads=1, parallel=given.parallel,

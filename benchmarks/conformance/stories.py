@@ -38,7 +38,7 @@ def tokens_of(raw: bytes, count: int) -> tuple[list[bytes], list[float], list[in
 
 def write_stories(folder: Path, out: Path) -> None:
     raw = (folder / "stories260K.bin").read_bytes()
-    dim, hidden, layers, heads, kv_heads, vocabulary, context = struct.unpack_from("<7i", raw)
+    dim, hidden, layers, heads, kv_heads, vocabulary, _ = struct.unpack_from("<7i", raw)
     values = np.frombuffer(raw, "<f4", offset=28)
     kv_dim = dim // heads * kv_heads
     position = 0

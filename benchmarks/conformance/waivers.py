@@ -34,13 +34,36 @@ def _reason(table: dict[str, str], item: pytest.Item) -> str | None:
     return table.get(whole, table.get(whole.partition("[")[0]))
 
 
+UNSEEN = frozenset({"process", "ready", "debug", "jinja", "n_batch", "offline", "_log", "no_ui"})
+"""Attributes of a ServerProcess that make no difference to the server that stands in for llama-server."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """llama.cpp's tests fetch every model of theirs before the first test: only the one that is here is started."""
+    """llama.cpp's tests fetch all their models first, and start a server for each test.
+
+    Here nothing is fetched, and tests that ask for the same server get the same one, which must bear that.
+    """
     try:
-        from utils import ServerPreset
+        from utils import ServerPreset, ServerProcess
     except ImportError:
         return
+    running: list[tuple[dict[str, Any], Any]] = []
+    start, stop = ServerProcess.start, ServerProcess.stop
+
+    def end() -> None:
+        while running:
+            stop(running.pop()[1])
+
+    def started(server: Any, timeout_seconds: int = 120) -> None:
+        wanted = {name: value for name, value in vars(server).items() if name not in UNSEEN}
+        if not (running and running[0][0] == wanted and running[0][1].process.poll() is None):
+            end()
+            start(server, timeout_seconds)
+            running.append((wanted, server))
+
     ServerPreset.load_all = staticmethod(lambda: None)
+    ServerProcess.start, ServerProcess.stop = started, lambda server: None
+    config.add_cleanup(end)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,7 +88,7 @@ _outcomes: list[dict[str, Any]] = []
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" or report.outcome != "passed" and report.when == "setup":
+    if report.when == "call" or (report.outcome != "passed" and report.when == "setup"):
         reason = getattr(report, "wasxfail", None)
         if report.skipped and reason is None:
             reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
