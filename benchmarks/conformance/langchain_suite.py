@@ -22,7 +22,7 @@ class TestServer(ChatModelIntegrationTests):
     def chat_model_params(self) -> dict[str, Any]:
         return {
             "model": "model", "base_url": os.environ["CONFORMANCE_URL"] + "/v1", "api_key": "none", "temperature": 0,
-            "seed": 1, "max_tokens": 64, "max_retries": 0, "timeout": 600, "stream_usage": True,
+            "seed": 1, "max_tokens": 48, "max_retries": 0, "timeout": 600, "stream_usage": True,
         }  # fmt: skip
 
     @property

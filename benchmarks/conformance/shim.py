@@ -26,6 +26,8 @@ from llmlite.serve.settings import ServeSettings
 
 GENERATING = ("/chat/completions", "/completions", "/responses", "/messages")
 UNDER_V1 = (*GENERATING, "/embeddings", "/models", "/messages/count_tokens")
+TRAINED = 2048
+"""llama-server takes a context longer than the model's; this server refuses that."""
 LIMITS = {"/v1/responses": "max_output_tokens"}
 
 
@@ -116,7 +118,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     settings = ServeSettings(
         host=given.host, port=given.port, name=given.alias or "model", threads=1, parallel=given.parallel,
-        context=given.ctx_size and given.ctx_size // given.parallel, drain_seconds=1.0,
+        context=min(TRAINED, (given.ctx_size or TRAINED) // given.parallel), drain_seconds=1.0,
+        cors=("*",),  # llama-server lets every page in
     )  # fmt: skip
     keys = None if given.api_key is None else Keyring([StoredKey.of("tests", given.api_key, Limits())])
     with bind(settings) as listener:
