@@ -2,8 +2,8 @@
 
 LLAMA_SERVER_BIN_PATH names a script that runs this. The app is the one that `llmlite serve` runs, whole. Around it:
 paths without /v1; the model that there is for whatever name is asked for, as llama-server has it; and the defaults of
-a request (--n-predict, --temp, --seed) that llama-server takes from its command line. Nothing in an answer is changed,
-but for the one model's name.
+a request (--n-predict, --temp, --seed) that llama-server takes from its command line. Nothing in an answer is changed
+but the first letter of system_fingerprint, which llama-server has begin with b and OpenAI with fp.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ GENERATING = ("/chat/completions", "/completions", "/responses", "/messages")
 UNDER_V1 = (*GENERATING, "/embeddings", "/models", "/messages/count_tokens")
 TRAINED = 2048
 """llama-server takes a context longer than the model's; this server refuses that."""
+FINGERPRINT = (b'"system_fingerprint":"fp_', b'"system_fingerprint":"bp_')
 LIMITS = {"/v1/responses": "max_output_tokens"}
 
 
@@ -68,12 +69,18 @@ class Translated:
         body = self._filled(path, body)
         headers = [(name, value) for name, value in scope["headers"] if name != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": message["body"].replace(*FINGERPRINT)}
+            await send(message)
+
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
-        await self._app(scope, replay, send)
+        await self._app(scope, replay, told)
 
     def _filled(self, path: str, body: bytes) -> bytes:
         try:
