@@ -58,4 +58,4 @@ def as_markdown(suites: Sequence[Suite], command: str, about: str) -> str:
 
 
 def _short(test: str) -> str:
-    return test.rpartition("/")[2].partition("[")[0].replace("langchain_suite.py::TestServer::", "")
+    return test.partition("[")[0].rpartition("/")[2].replace("langchain_suite.py::TestServer::", "")

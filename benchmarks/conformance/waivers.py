@@ -28,9 +28,7 @@ def _tables() -> dict[str, dict[str, str]]:
 
 def _reason(table: dict[str, str], item: pytest.Item) -> str | None:
     """The reason for a test, found by its id with or without parameters."""
-    file, _, name = item.nodeid.rpartition("/")[2].partition("::")
-    name = name.rpartition("::")[2]
-    whole = f"{file}::{name}"
+    whole = f"{item.path.name}::{item.name}"
     return table.get(whole, table.get(whole.partition("[")[0]))
 
 
