@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     ServerPreset.load_all = staticmethod(lambda: None)
     ServerProcess.start, ServerProcess.stop = started, lambda server: None
-    config.add_cleanup(end)
+    _ends.append(end)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -83,6 +84,7 @@ def _any_text(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 _outcomes: list[dict[str, Any]] = []
+_ends: list[Callable[[], None]] = []
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -95,4 +97,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_sessionfinish() -> None:
+    for end in _ends:
+        end()
     Path(os.environ["CONFORMANCE_OUT"]).write_text(json.dumps(_outcomes, indent=1), "utf-8")
