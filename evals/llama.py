@@ -248,6 +248,8 @@ class Llama:
 
     def piece(self, token: int, special: bool = False) -> bytes:
         """The bytes of a token; ``special``: those of a control token are its name, else nothing."""
+        if self.model is None:
+            raise OutsideError(f"{self.file}: the model was freed")
         buffer = ctypes.create_string_buffer(64)
         length = self.api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
         if length < 0:
@@ -273,11 +275,12 @@ class Llama:
         return int(self.api.llama_model_n_layer(self.model) * each)
 
     def close(self) -> None:
-        if self.context:
-            self.api.llama_free(self.context)
-        if self.model:
-            self.api.llama_model_free(self.model)
+        context, model = self.context, self.model
         self.context = self.model = None
+        if context:
+            self.api.llama_free(context)
+        if model:
+            self.api.llama_model_free(model)
 
 
 def read_buffers(lines: Sequence[str]) -> Buffers:

@@ -305,8 +305,6 @@ async def stream(answer: Answer, inbox: Inbox, item: tuple[int, Delta] | None) -
         yield "data: [DONE]\n\n"
     except Failed as failure:
         yield _event(as_api_error(failure.error).body())
-    finally:
-        inbox.close()
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -31,10 +31,9 @@ class PromptLookup:
     """
 
     def __init__(self, prompt: list[int]) -> None:
+        self._prompt = prompt  # noted with the first token of the reply: sequences that wait cost nothing
         self._tokens: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}
-        for token in prompt:
-            self.accept(token)
 
     def propose(self, most: int) -> list[int]:
         for size in range(LONGEST, SHORTEST - 1, -1):
@@ -45,6 +44,11 @@ class PromptLookup:
 
     def accept(self, token: int) -> None:
         """Runs of tokens are noted one token late: the last one is what is looked up."""
+        prompt, self._prompt = self._prompt, []
+        for each in (*prompt, token):
+            self._note(each)
+
+    def _note(self, token: int) -> None:
         for size in range(SHORTEST, LONGEST + 1):
             if len(self._tokens) >= size:
                 self._ends[tuple(self._tokens[-size:])] = len(self._tokens)

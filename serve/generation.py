@@ -97,6 +97,10 @@ class Generation:
         """Tokens of the prompt that must be run yet; 0: it generates."""
         return len(self.work.prompt) - (0 if self.sequence is None else len(self.sequence.tokens))
 
+    def is_short(self, tokens: int) -> bool:
+        """Whether no more than ``tokens`` of the prompt had to be run from the start; the end of a long one is not."""
+        return self.sequence is not None and len(self.work.prompt) - self.sequence.reused <= tokens
+
     def open(self) -> Sequence:
         """Take a slot of the engine."""
         self.sequence = self._engine.open(self.work.prompt, self.work.adapter, reuse=not self.work.score_prompt)

@@ -23,6 +23,9 @@ GLANCE = 0.5
 RESTART_AFTER = (0.0, 1.0, 5.0, 30.0)
 """Seconds until an engine is opened again after its first, second, ... death in a row."""
 
+LEAVING = 5.0
+"""Seconds that requests have to hear that their model is closed, before it is freed."""
+
 PEACE = 60.0
 """Seconds of life after which a death is the first again."""
 
@@ -72,9 +75,10 @@ class Model:
     @asynccontextmanager
     async def use(self) -> AsyncIterator[Service]:
         """The loaded service, which is not unloaded before this ends. Raises 503 while the engine is dead."""
+        service = await self._ready()
         self._users += 1
         try:
-            yield await self._ready()
+            yield service
         finally:
             self._users -= 1
             self._used = time.monotonic()
@@ -91,14 +95,22 @@ class Model:
             return self.service
 
     async def unload(self) -> None:
-        """Stop the engine thread and free the weights; requests that run are refused or finished first."""
+        """Stop the engine thread, which tells who waits for it; free the weights when they have left."""
         async with self._lock:
             service, self.service = self.service, None
-            if service is not None:
+            if service is None:
+                return
+            await asyncio.to_thread(service.stop)
+            end = time.monotonic() + LEAVING
+            while self._users and time.monotonic() < end:
+                await asyncio.sleep(0.01)
+            try:
                 await asyncio.to_thread(service.close)
+            except Exception as error:  # whatever a dead engine does, another is opened in its place
+                log.error("%s could not be freed in good order", self.spec.name, exc_info=error)
 
     async def look(self, idle: float | None) -> None:
-        """What is due: open a dead engine again, unload one that nobody used for ``idle`` seconds."""
+        """Do what is due: open a dead engine again, unload one that nobody used for ``idle`` seconds."""
         now = time.monotonic()
         if self.service is not None and self.service.scheduler.dead:
             self._bury(now)
@@ -119,9 +131,9 @@ class Model:
             await self.load()
             self.restarts += 1
             log.warning("the engine of %s was opened again", self.spec.name)
-        except LlmliteError as error:
+        except Exception as error:  # whatever it is, it is tried again later
             self._bury(time.monotonic())
-            log.error("the engine of %s can't be opened again: %s", self.spec.name, error)
+            log.error("the engine of %s can't be opened again", self.spec.name, exc_info=error)
 
     async def _ready(self) -> Service:
         if self.service is not None and not self.service.scheduler.dead:
@@ -147,7 +159,7 @@ class Models:
             self._by_name.update({adapter: (model, adapter) for adapter in model.spec.adapters})
         self.created = int(time.time())
         self.draining = False
-        self._watch: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
 
     @property
     def names(self) -> list[str]:
@@ -172,7 +184,7 @@ class Models:
     async def start(self) -> None:
         """Load the first model and begin to look after all."""
         await self.models[0].load()
-        self._watch = asyncio.create_task(self._look_after())
+        self._watches = [asyncio.create_task(self._look_after(model)) for model in self.models]
 
     def drain(self) -> None:
         """Refuse what is new and what has not begun; what runs goes on."""
@@ -183,14 +195,12 @@ class Models:
 
     async def close(self) -> None:
         """Stop every engine."""
-        if self._watch is not None:
-            self._watch.cancel()
+        for watch in self._watches:
+            watch.cancel()
         for model in self.models:
             await model.unload()
 
-    async def _look_after(self) -> None:
-        while True:
+    async def _look_after(self, model: Model) -> None:
+        while not self.draining:
             await asyncio.sleep(GLANCE)
-            for model in self.models:
-                if not self.draining:
-                    await model.look(self._settings.idle_unload)
+            await model.look(self._settings.idle_unload)

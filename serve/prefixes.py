@@ -15,30 +15,45 @@ import os
 import queue
 import struct
 import threading
+import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from llmlite.errors import InputError
 
 log = logging.getLogger("llmlite.serve")
 
 LETTERS = b"LLKV"
 ENDING = ".kv"
 MOST_HEADER = 65536
+HEADER = {"fingerprint": str, "adapter": str | None, "tokens": int, "sha256": str}
 ON_DISK = 128
 """Fewer tokens than this are not worth a file."""
+
+PENDING = 16
+"""States that may wait, in memory, to be written; on a disk that is slower than that, others get no file."""
+
+FORSAKEN = 3600.0
+"""Seconds after which nobody is still writing a partial file."""
 
 
 @dataclass(eq=False)
 class Prefix:
-    """A stored prefix: its token ids int32 [n]; ``state`` None: it is on disk alone; ``file`` None: it is not there."""
+    """A stored prefix: its token ids int32 [n]; ``state`` None: it is on disk alone; ``file`` None: it is not there.
+
+    ``pending``: it is about to be written, and stays in memory until then.
+    """
 
     tokens: np.ndarray
     adapter: str | None
     size: int
     state: bytes | None = None
     file: Path | None = None
+    pending: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +67,9 @@ class Match:
 class PrefixStore:
     """Used by the engine's thread alone, but for `close`; files are written by a thread of the store's own.
 
-    ``memory`` and ``disk``: most bytes there; ``folder`` None: nothing goes to disk; ``whole``: a state is of use with
-    all of its tokens or not at all, as nothing can be cut off.
+    ``memory`` and ``disk``: most bytes there, at the start with the files of other stores in the folder; ``folder``
+    None: nothing goes to disk; ``whole``: a state is of use with all of its tokens or not at all, as nothing can be
+    cut off.
     """
 
     def __init__(
@@ -67,11 +83,14 @@ class PrefixStore:
         self._folder = folder
         self._known: OrderedDict[bytes, Prefix] = OrderedDict()  # least used first
         self._lock = threading.Lock()
-        self._to_write: queue.Queue[Prefix | None] = queue.Queue()
+        self._to_write: queue.Queue[Prefix | None] = queue.Queue(PENDING)
         self._writer: threading.Thread | None = None
         if folder is not None and disk:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._read_folder(folder)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._read_folder(folder)
+            except OSError as error:
+                raise InputError(f"cache_dir {folder}: can't be used ({error.strerror or error})") from None
             self._writer = threading.Thread(target=self._write_all, name="prefix-writer", daemon=True)
             self._writer.start()
 
@@ -103,9 +122,10 @@ class PrefixStore:
     def take(self, match: Match) -> bytes | None:
         """The state of all of a found prefix's tokens, which counts as used; None where its file can't be read."""
         prefix = match.prefix
-        state = prefix.state
-        if state is None and prefix.file is not None:
-            state = _read_state(prefix.file, self.fingerprint)
+        with self._lock:
+            state, file = prefix.state, prefix.file
+        if state is None:
+            state = None if file is None else _read_state(file, self.fingerprint)
             if state is None:
                 self._forget(prefix)
                 return None
@@ -135,7 +155,11 @@ class PrefixStore:
         for known in covered:
             self._forget(known)
         if self._writer is not None and len(tokens) >= ON_DISK:
-            self._to_write.put(prefix)
+            prefix.pending = True
+            try:
+                self._to_write.put_nowait(prefix)
+            except queue.Full:
+                prefix.pending = False
         self._trim()
 
     def sizes(self) -> tuple[int, int]:
@@ -160,8 +184,8 @@ class PrefixStore:
             if memory <= self._most_memory and disk <= self._most_disk:
                 return
             if prefix.state is not None and memory > self._most_memory:
-                if prefix.file is None and self._writer is not None and len(prefix.tokens) >= ON_DISK:
-                    continue  # it is about to be written, and leaves memory then
+                if prefix.pending:
+                    continue
                 prefix.state = None
                 memory -= prefix.size
             gone = prefix.state is None and prefix.file is None
@@ -176,16 +200,25 @@ class PrefixStore:
                 del self._known[key]
             file, prefix.file, prefix.state = prefix.file, None, None
         if file is not None:
-            file.unlink(missing_ok=True)
+            _remove(file)
 
     def _read_folder(self, folder: Path) -> None:
-        files = sorted(folder.glob(f"*{ENDING}"), key=lambda file: file.stat().st_mtime)
-        for file in files:
+        """Know what is there. Files of other stores are left alone as long as all of them keep to the limit."""
+        taken, others = 0, []
+        for file, facts in _by_age(folder, ENDING):
+            taken += facts.st_size
             found = _read_prefix(file, self.fingerprint)
-            if found is not None:
+            if found is None:
+                others.append((file, facts.st_size))
+            else:
                 self._known[_key(found.tokens, found.adapter)] = found
-        for partial in folder.glob("*.partial"):
-            partial.unlink(missing_ok=True)
+        for file, size in others:
+            if taken > self._most_disk:
+                _remove(file)
+                taken -= size
+        for partial, facts in _by_age(folder, ".partial"):
+            if facts.st_mtime < time.time() - FORSAKEN:
+                _remove(partial)
         self._trim()
 
     def _write_all(self) -> None:
@@ -194,21 +227,38 @@ class PrefixStore:
             state = prefix.state
             if state is None:  # forgotten while it waited
                 continue
+            file = None
             try:
                 file = _write(self._folder, self.fingerprint, prefix, state)
             except OSError as error:  # a full disk costs a later reuse, no answer
                 log.warning("a prefix can't be kept on disk: %s", error)
-                continue
             with self._lock:
-                if prefix.state is None:
-                    file.unlink(missing_ok=True)
-                else:
-                    prefix.file = file
+                prefix.pending = False
+                forgotten = prefix.state is None
+                prefix.file = None if forgotten else file
+            if forgotten and file is not None:
+                _remove(file)
             self._trim()
 
 
 def _key(tokens: np.ndarray, adapter: str | None) -> bytes:
     return hashlib.sha256(f"{adapter}\0".encode() + tokens.tobytes()).digest()
+
+
+def _by_age(folder: Path, ending: str) -> list[tuple[Path, os.stat_result]]:
+    """The folder's files, longest unused first. Other processes may take some away at any time."""
+    found = []
+    for file in folder.glob(f"*{ending}"):
+        with suppress(FileNotFoundError):
+            found.append((file, file.stat()))
+    return sorted(found, key=lambda pair: pair[1].st_mtime)
+
+
+def _remove(file: Path) -> None:
+    try:
+        file.unlink(missing_ok=True)
+    except OSError as error:  # it costs room on the disk, no answer
+        log.warning("%s can't be removed: %s", file, error)
 
 
 def common_length(one: np.ndarray, other: np.ndarray) -> int:
@@ -251,7 +301,9 @@ def _read_header(file: Path, fingerprint: str) -> tuple[dict, int] | None:
             header = json.loads(source.read(length)) if length <= MOST_HEADER else None
     except (OSError, ValueError):
         return None
-    if not isinstance(header, dict) or header.get("fingerprint") != fingerprint:
+    if not isinstance(header, dict) or header.get("fingerprint") != fingerprint or header.keys() != HEADER.keys():
+        return None
+    if not all(isinstance(header[name], kind) for name, kind in HEADER.items()) or header["tokens"] < 1:
         return None
     return header, 8 + length
 
@@ -261,13 +313,16 @@ def _read_prefix(file: Path, fingerprint: str) -> Prefix | None:
     if found is None:
         return None
     header, place = found
-    count = int(header["tokens"])
-    size = file.stat().st_size - place - 4 * count
-    with open(file, "rb") as source:
-        source.seek(place)
-        data = source.read(4 * count)
-    if size <= 0 or len(data) != 4 * count:
-        file.unlink(missing_ok=True)
+    count = header["tokens"]
+    try:
+        size = file.stat().st_size - place - 4 * count
+        with open(file, "rb") as source:
+            source.seek(place)
+            data = source.read(4 * count) if size > 0 else b""
+    except OSError:
+        return None
+    if size <= 0:
+        _remove(file)
         return None
     return Prefix(np.frombuffer(data, "<i4").astype(np.int32), header["adapter"], size, None, file)
 
@@ -284,5 +339,6 @@ def _read_state(file: Path, fingerprint: str) -> bytes | None:
     if hashlib.sha256(data).hexdigest() != header["sha256"]:
         log.warning("%s is damaged and is not used", file.name)
         return None
-    os.utime(file)
-    return data[4 * int(header["tokens"]) :]
+    with suppress(OSError):  # it may be another user's file, or gone by now
+        os.utime(file)
+    return data[4 * header["tokens"] :]

@@ -69,8 +69,6 @@ async def retold(
     except Failed as failed:
         for event in retelling.failure(as_api_error(failed.error)):
             yield sent(event)
-    finally:
-        inbox.close()
 
 
 async def _told(

@@ -25,7 +25,7 @@ from llmlite.serve.admission import Admission
 from llmlite.serve.calls import Call, EngineDead
 from llmlite.serve.drafting import PromptLookup
 from llmlite.serve.engines.base import Engine, EngineBroken, NoRoom, Piece
-from llmlite.serve.generation import Generation, Work
+from llmlite.serve.generation import Delta, Generation, Work
 from llmlite.serve.stats import Stats
 from llmlite.serve.tickets import QueueFull, RequestState, ShuttingDown, Sink, Ticket, TooLate
 from llmlite.serve.turns import Rates, plan, plan_exactly
@@ -150,7 +150,7 @@ class Scheduler:
             dropped = [ticket for ticket in self._waiting if not ticket.request.started]
             self._waiting = deque(ticket for ticket in self._waiting if ticket.request.started)
         for ticket in dropped:
-            ticket.sink(refusal())
+            _tell(ticket, refusal())
 
     def stop(self) -> None:
         """End the engine thread after its present step and wait for that."""
@@ -208,7 +208,7 @@ class Scheduler:
 
     def _tell_late(self, ticket: Ticket) -> None:
         if not ticket.cancelled and self._settings.timeout is not None:
-            ticket.sink(TooLate(self._settings.timeout))
+            _tell(ticket, TooLate(self._settings.timeout))
 
     def _admit(self) -> None:
         """Sequences that had to leave come back first; then the queue, as far as slots and room go."""
@@ -217,8 +217,11 @@ class Scheduler:
             assert ticket.generation.sequence is not None
             try:
                 self._engine.resume(ticket.generation.sequence)
-            except NoRoom:
-                break
+            except NoRoom as full:
+                if self._running:
+                    break
+                self._fail(ticket, full)  # nothing will ever make room for it
+                continue
             self._suspended.pop(0)
             self._running.append(ticket)
             self._running.sort(key=lambda ticket: ticket.started)
@@ -229,6 +232,7 @@ class Scheduler:
                     return
                 self._waiting.remove(ticket)
                 ticket.request.started = True
+            ticket.behind = None  # else each keeps the one before it, without an end
             ticket.started = time.monotonic()
             self._running.append(ticket)
             self._alone(ticket, ticket.generation.open)
@@ -240,13 +244,16 @@ class Scheduler:
             pieces = plan(self._running, self._engine, self._rates)
         self._turns += 1
         begun = time.perf_counter()
-        for _, group in groupby(pieces, key=lambda pair: pair[0].generation.work.adapter):
-            self._run(list(group))
+        pieces.sort(key=_adapter)
+        for _, group in groupby(pieces, key=_adapter):
+            self._run([(ticket, piece) for ticket, piece in group if piece.sequence.slot is not None])
         self._stats.steps += 1
         self._stats.step_seconds += time.perf_counter() - begun
 
     def _run(self, pieces: Pieces) -> None:
         """Run pieces together; what can't be run together for want of room or because one fails is run in parts."""
+        if not pieces:
+            return
         begun = time.perf_counter()
         try:
             rows = self._engine.step([piece for _, piece in pieces])
@@ -257,8 +264,9 @@ class Scheduler:
             raise
         except Exception as error:  # it belongs to one of the requests: its client is told, its neighbours go on
             if len(pieces) > 1:
-                for piece in pieces:
-                    self._run([piece])
+                for ticket, piece in pieces:
+                    if piece.sequence.slot is not None:  # one before it may have made it leave
+                        self._run([(ticket, piece)])
                 return
             self._fail(pieces[0][0], error)
             return
@@ -290,9 +298,7 @@ class Scheduler:
         self._suspended.append(ticket)
         self._suspended.sort(key=lambda ticket: ticket.started)
         self._stats.preemptions += 1
-        rest = [(other, piece) for other, piece in pieces if other is not ticket]
-        if rest:
-            self._run(rest)
+        self._run([(other, piece) for other, piece in pieces if other is not ticket])
 
     def _take(self, ticket: Ticket, logits: np.ndarray) -> None:
         before = ticket.generation.generated
@@ -302,7 +308,7 @@ class Scheduler:
         self._count(ticket, delta.generated - before)
         if delta.finish:
             self._retire(ticket, keep=True)
-        ticket.sink(delta)
+        _tell(ticket, delta)
 
     def _count(self, ticket: Ticket, generated: int) -> None:
         stats, sequence = self._stats, ticket.generation.sequence
@@ -325,7 +331,7 @@ class Scheduler:
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         log.error("a request failed", exc_info=error)
         self._retire(ticket, keep=False)
-        ticket.sink(error)
+        _tell(ticket, error)
 
     def _retire(self, ticket: Ticket, keep: bool) -> None:
         ticket.generation.close(keep)  # first: should it raise, the ticket is still there to be told
@@ -343,7 +349,20 @@ class Scheduler:
         for call in calls:
             call.refuse(refusal())
         for ticket in orphans:
-            ticket.sink(refusal())
+            _tell(ticket, refusal())
+
+
+def _tell(ticket: Ticket, what: Delta | Exception) -> None:
+    """Hand ``what`` to the ticket's owner; one who can't take it gets no more, and nobody else is harmed."""
+    try:
+        ticket.sink(what)
+    except Exception as error:  # whatever the owner did, the thread has others to serve
+        log.error("nobody takes what a sequence says", exc_info=error)
+        ticket.cancelled = True
+
+
+def _adapter(pair: tuple[Ticket, Piece]) -> str:
+    return pair[0].generation.work.adapter or ""
 
 
 def _shutting_down() -> ShuttingDown:

@@ -65,10 +65,12 @@ class Service:
         identity = "\n".join([spec.name, engine.name, engine.version, llmlite.__version__, repr(self.manifest)])
         self.fingerprint = "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:12]
 
-    def close(self) -> None:
-        """Finish what runs, refuse what waits, then free the model. Blocks."""
-        self.scheduler.drain()
+    def stop(self) -> None:
+        """End the engine thread: whoever waits for it is told. Blocks."""
         self.scheduler.stop()
+
+    def close(self) -> None:
+        """Free the model, after `stop`. Blocks."""
         self._text_thread.shutdown()
         self._compiler.close()
         self.engine.close_model()

@@ -79,7 +79,7 @@ def plan_exactly(running: Items[Ticket], turn: int) -> list[tuple[Ticket, Piece]
 def prompt_budget(prompts: Items[Ticket], rates: Rates) -> int:
     """Prompt tokens beside sequences that generate."""
     slice_ = max(LEAST, int(STRETCH * rates.step / rates.token)) if rates.token and rates.step else SHORT
-    short = sum(t.generation.prompt_left for t in prompts if t.generation.prompt_left <= SHORT)
+    short = sum(ticket.generation.prompt_left for ticket in prompts if ticket.generation.is_short(SHORT))
     return max(slice_, min(short, SHORT))
 
 

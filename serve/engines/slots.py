@@ -79,7 +79,6 @@ class Slots:
                 stored = None
         self._leave(slot, length if in_place and stored is None else 0)
         sequence = Sequence(slot.number, adapter)
-        slot.sequence = sequence
         try:
             if stored is not None and self._store is not None:
                 length = self._load(slot, self._store.take(stored), stored.length, len(ids))
@@ -90,6 +89,7 @@ class Slots:
             length = 0
         sequence.tokens = prompt[:length]
         sequence.reused = length
+        slot.sequence = sequence  # last: the slot stays free where anything above fails
         return sequence
 
     def close(self, sequence: Sequence, keep: bool) -> None:

@@ -7,6 +7,7 @@ from contextlib import AsyncExitStack
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from llmlite.serve.answers import Answer, stream, whole
 from llmlite.serve.errors import ApiError, as_api_error
@@ -18,7 +19,7 @@ from llmlite.serve.retelling import Retelling, retold, retold_whole
 from llmlite.serve.scheduler import EngineDead, QueueFull, ShuttingDown
 
 
-def require_json(request: Request) -> None:
+async def require_json(request: Request) -> None:
     """Nothing but application/json: a page in a browser can't send that to a local server without asking first."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -83,13 +84,20 @@ class Using:
         finally:
             if not streaming:
                 inbox.close()
-        held = self._stack.pop_all()
+        told = stream(answer, inbox, first) if retelling is None else retold(answer, inbox, first, retelling)
+        self._stack.callback(inbox.close)
+        return Streamed(told, self._stack.pop_all())
 
-        async def events() -> AsyncIterator[str]:
-            async with held:
-                told = stream(answer, inbox, first) if retelling is None else retold(answer, inbox, first, retelling)
-                async for event in told:
-                    yield event
 
+class Streamed(StreamingResponse):
+    """Server-sent events. ``held`` is given back at the end, also where the client left before the first one."""
+
+    def __init__(self, events: AsyncIterator[str], held: AsyncExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(), media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._held = held
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The inbox hears it when the client hangs up, and ends the events; nobody else need listen."""
+        async with self._held:
+            await self.stream_response(send)
