@@ -34,6 +34,14 @@ class Person(BaseModel):
     friends: list["Person"] | None
 
 
+class City(BaseModel):
+    city: str
+
+
+class Empty(BaseModel):
+    pass
+
+
 def knowing(engine, template):
     engine.tool_template = template
     return engine
@@ -78,6 +86,44 @@ def test_parse_gives_the_pydantic_model(server):
     answer = server.client.chat.completions.parse(model="model", messages=user(f"say:{said}"), response_format=Person)
     assert answer.choices[0].message.parsed == Person.model_validate_json(said)
     assert answer.choices[0].finish_reason == "stop"
+
+
+def test_the_parse_helpers_of_the_other_endpoints_give_the_model_too(server):
+    said = '{"name": "Bob", "age": 4, "friends": null}'
+    wanted = Person.model_validate_json(said)
+    assert server.client.responses.parse(model="model", input=f"say:{said}", text_format=Person).output_parsed == wanted
+    with server.client.responses.stream(model="model", input=f"say:{said}", text_format=Person) as stream:
+        assert stream.get_final_response().output_parsed == wanted
+    with server.client.chat.completions.stream(
+        model="model", messages=user(f"say:{said}"), response_format=Person
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == wanted
+
+
+def test_the_parse_helper_of_anthropic_s_client(server):
+    anthropic = pytest.importorskip("anthropic")
+
+    class Place(BaseModel):
+        city: Literal["Rome", "Oslo"]
+
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=30)
+    asked = {"model": "model", "max_tokens": 40, "messages": user('say:{"city": "Oslo"}'), "output_format": Place}
+    assert client.messages.parse(**asked).parsed_output == Place(city="Oslo")
+    with client.messages.stream(**asked) as stream:
+        assert stream.get_final_message().parsed_output == Place(city="Oslo")
+
+
+def test_the_helpers_see_several_calls_of_one_answer(tooled):
+    tools = [openai.pydantic_function_tool(City, name="get_weather"), openai.pydantic_function_tool(Empty, name="now")]
+    asked = {"model": "model", "messages": user(f"say:{PARIS}\n{NOON}"), "tools": tools}
+    whole = tooled.client.chat.completions.parse(**asked)
+    with tooled.client.chat.completions.stream(**asked) as stream:
+        ended = [event.name for event in stream if event.type == "tool_calls.function.arguments.done"]
+        streamed = stream.get_final_completion()
+    assert ended == ["get_weather", "now"]
+    for answer in (whole, streamed):
+        calls = [call.function.parsed_arguments for call in answer.choices[0].message.tool_calls]
+        assert calls == [City(city="Paris"), Empty()]
 
 
 def test_an_answer_that_wants_to_be_something_else_is_held_to_the_schema(server):

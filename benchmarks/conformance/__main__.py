@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""Run suites by others against `llmlite serve`.
+
+    python -m benchmarks.conformance --model FILE.gguf --tokenizer CHECKPOINT --data DATA --llama-tests FOLDER \
+        [--only langchain llama.cpp lm-eval]
+
+MODEL answers langchain-tests and lm-eval; TOKENIZER is the checkpoint that it was made from. DATA has openbookqa/,
+hellaswag/ and stories260k/. FOLDER is tools/server/tests of llama.cpp, as the sdist of llama-cpp-python holds it at
+vendor/llama.cpp. Each suite by pytest runs in an environment of its own under build/conformance, made from packages by
+name when it isn't there. Exit status 1 if a test failed that is not waived.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import venv
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+from benchmarks.conformance.harness import run_harness
+from benchmarks.conformance.result import Suite, as_markdown, read_outcomes
+from benchmarks.conformance.stories import write_stories
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "conformance"
+SUITES = ("langchain", "llama.cpp", "lm-eval")
+PACKAGES = {
+    "langchain": ("langchain-tests", "langchain-openai"),
+    "llama.cpp": ("pytest", "openai", "requests", "wget", "filelock", "prometheus-client", "aiohttp"),
+}
+LLAMA_FILES = (
+    "test_security.py", "test_tokenize.py", "test_compat_anthropic.py", "test_compat_oai_responses.py",
+    "test_chat_completion.py",
+)  # fmt: skip
+LLAMA_TESTS = ("test_completion.py::test_completion_with_openai_library",
+               "test_completion.py::test_completion_stream_with_openai_library")  # fmt: skip
+READY = 120.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--llama-tests", type=Path)
+    parser.add_argument("--items", type=int, default=12, help="lm-eval: questions of each task")
+    parser.add_argument("--only", nargs="+", choices=SUITES, default=SUITES)
+    parser.add_argument("--out", type=Path, default=BUILD / "conformance.md")
+    args = parser.parse_args()
+    needs = {"langchain": (), "llama.cpp": ("llama_tests", "data"), "lm-eval": ("tokenizer", "data")}
+    for suite in args.only:
+        for need in needs[suite]:
+            if vars(args)[need] is None:
+                parser.error(f"{suite} needs --{need.replace('_', '-')}")
+    BUILD.mkdir(parents=True, exist_ok=True)
+    suites = []
+    if "langchain" in args.only:
+        with served(args.model) as url:
+            suites.append(langchain(url))
+    if "llama.cpp" in args.only:
+        suites.append(llama_cpp(args.llama_tests, args.data / "stories260k"))
+    if "lm-eval" in args.only:
+        with served(args.model, "--exact") as url:
+            suites.append(run_harness(args.model, url, args.tokenizer, args.data, BUILD, args.items))
+    about = f"Against `llmlite serve`, {date.today().isoformat()}."
+    page = as_markdown(suites, f"python -m benchmarks.conformance {' '.join(sys.argv[1:])}", about)
+    args.out.write_text(page, "utf-8")
+    print(page)
+    return 1 if any(suite.failed for suite in suites) else 0
+
+
+def langchain(url: str) -> Suite:
+    python = environment("langchain")
+    out = BUILD / "langchain.json"
+    settings = {"CONFORMANCE_URL": url, "CONFORMANCE_WAIVERS": str(HERE / "langchain.toml")}
+    arguments = ["langchain_suite.py", "-c", os.devnull, "--rootdir", str(HERE), "--asyncio-mode=auto"]
+    pytest(python, arguments, HERE, out, settings)
+    tests, client = version_of(python, "langchain-tests"), version_of(python, "langchain-openai")
+    return read_outcomes("langchain-tests ChatModelIntegrationTests", f"{tests}, langchain-openai {client}", out)
+
+
+def llama_cpp(tests: Path, stories: Path) -> Suite:
+    """llama.cpp's tests of llama-server, from a copy, with `shim` in llama-server's place."""
+    python = environment("llama.cpp")
+    copy = BUILD / "llama-server-tests"
+    shutil.copytree(tests, copy, dirs_exist_ok=True)
+    model, program = BUILD / "stories260K.gguf", BUILD / "llama-server"
+    write_stories(stories, model)
+    program.write_text(f'#!/bin/sh\ncd "{ROOT}" && exec "{sys.executable}" -m benchmarks.conformance.shim "$@"\n')
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    out = BUILD / "llama.cpp.json"
+    settings = {
+        "CONFORMANCE_STORIES": str(model), "LLAMA_SERVER_BIN_PATH": str(program), "PORT": str(free_port()),
+        "CONFORMANCE_WAIVERS": str(HERE / "llama_cpp.toml"),
+    }  # fmt: skip
+    chosen = [f"unit/{name}" for name in (*LLAMA_FILES, *LLAMA_TESTS)]
+    pytest(python, [*chosen, "-m", "not slow"], copy, out, settings)
+    notes = [f"with openai {version_of(python, 'openai')}"]
+    return read_outcomes("llama.cpp tools/server/tests", f"llama.cpp of {tests.parents[4].name}", out, notes)
+
+
+def pytest(python: Path, arguments: Sequence[str], where: Path, out: Path, settings: Mapping[str, str]) -> None:
+    """Run a suite with the waivers' plugin; what came of it lies in ``out``."""
+    out.unlink(missing_ok=True)
+    path = os.pathsep.join((str(HERE), str(where)))
+    surroundings = {**os.environ, **settings, "CONFORMANCE_OUT": str(out), "PYTHONPATH": path}
+    command = [str(python), "-m", "pytest", "-p", "waivers", "-p", "no:cacheprovider", "--tb=short", "-v", *arguments]
+    with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
+        subprocess.run(command, cwd=where, env=surroundings, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if not out.exists():
+        raise SystemExit(f"the suite did not run: {out.with_suffix('.log')} says why")
+
+
+def environment(name: str) -> Path:
+    """The Python of a suite's own environment."""
+    folder = BUILD / f"venv-{name}"
+    python = folder / "bin" / "python"
+    if not (folder / "made").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES[name]], check=True)
+        (folder / "made").touch()
+    return python
+
+
+def version_of(python: Path, package: str) -> str:
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def served(model: Path, *more: str) -> Iterator[str]:
+    """The URL of `llmlite serve` on a free port of loopback, until the block ends."""
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    program = Path(sys.executable).with_name("llmlite")
+    command = [str(program), "serve", str(model), "--name", "model", "--port", str(port), "--context", "4096", *more]
+    with open(BUILD / "serve.log", "w", encoding="utf-8") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + READY
+        while not _ready(url):
+            if process.poll() is not None or time.monotonic() > end:
+                raise SystemExit(f"the server did not start: {BUILD / 'serve.log'} says why")
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(90)
+
+
+def _ready(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/ready", timeout=5):
+            return True
+    except urllib.error.URLError:
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
