@@ -35,6 +35,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=["*"], metavar="PATTERN", help="names of artifacts, tool/type")
     parser.add_argument("--texts", nargs="*", choices=TEXTS, default=list(TEXTS))
     parser.add_argument("--tools", type=Path, default=FOLDER, help="where llama.cpp's tools are, or are to be built")
+    parser.add_argument("--results", type=Path, help="where the report is written (default: --work)")
     parser.add_argument("--environments", type=Path, help="of GPTQModel and auto-round (default: in --work)")
     args = parser.parse_args()
     environments = args.environments or args.work / "environments"
@@ -50,7 +51,7 @@ def main() -> int:
     if args.stage in ("all", "score"):
         score(setup, wanted, args.files, args.texts)
     if args.stage in ("all", "report"):
-        report(setup)
+        report(setup, args.results or work)
     return 0
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from hashlib import sha256
@@ -16,11 +16,13 @@ from benchmarks.quantization.prepare import Setup
 
 PRESETS = ("q4_0", "iq4_nl", "q5_0", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs", "q5_k_m", "q6_k", "q8_0")
 PURE = ("q4_0", "iq4_nl", "q5_0")
+SIZED = ("q4_0", "q4_k_m", "q2_k")  # whose bytes llmlite is given as --target-size
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """``type``: the peer's word for it, or the TYPE of llmlite's ``--to``; ``target``: what llmlite is told to make.
+    """``type``: the peer's word for it, or a name made of ``target``, what llmlite is told to make: FORMAT:TYPE, or
+    size:PRESET for --target-size and the bytes of that preset.
 
     For a peer, ``target`` names the llmlite artifact that it is held against.
     """
@@ -41,14 +43,24 @@ class Artifact:
 
 PEERS = (
     *(Artifact("llama.cpp", preset, f"gguf:{preset}") for preset in PRESETS),
-    *(Artifact("llama.cpp", f"{preset}-pure", f"gguf:{preset}") for preset in PURE),
+    *(Artifact("llama.cpp", f"{preset}-pure", f"gguf:{preset}-pure") for preset in PURE),
     *(Artifact("gptqmodel", kind, f"gptq:{kind}") for kind in ("w4g64", "w3g64")),
     *(Artifact("auto-round", kind, f"gptq:{kind}") for kind in ("w4g64", "w3g64")),
     Artifact("bitsandbytes", "nf4", "bnb:nf4"),
 )
 LLMLITE = tuple(
-    Artifact("llmlite", target.replace(":", "-"), target) for target in dict.fromkeys(peer.target for peer in PEERS)
+    Artifact("llmlite", target.replace(":", "-"), target)
+    for target in (*dict.fromkeys(peer.target for peer in PEERS), *(f"size:{preset}" for preset in SIZED))
 )
+
+
+def pairs() -> Iterator[tuple[Artifact, Artifact]]:
+    """Each artifact of llmlite with what it is held against: a peer's, or, where it was told a size, the preset's."""
+    ours = {artifact.target: artifact for artifact in LLMLITE}
+    for peer in PEERS:
+        yield ours[peer.target], peer
+    for preset in SIZED:
+        yield ours[f"size:{preset}"], ours[f"gguf:{preset}"]
 
 
 def selected(patterns: Sequence[str]) -> list[Artifact]:
@@ -72,7 +84,7 @@ def make_llmlite(setup: Setup, wanted: Sequence[Artifact]) -> None:
     for artifact in wanted:
         if artifact not in LLMLITE:
             continue
-        command = [sys.executable, "-m", "llmlite.cli", "quantize", str(setup.base), "--to", artifact.target]
+        command = [sys.executable, "-m", "llmlite.cli", "quantize", str(setup.base), *_asked(setup, artifact)]
         command += ["--threads", str(setup.threads), "--calibration", str(rows)]
         command += ["--calibration-tokens", str(setup.tokens), "--row-length", str(setup.length)]
         settings = {**setup.origin, "rows": digest(rows), "command": command[4:], "llmlite": _sources()}
@@ -81,6 +93,15 @@ def make_llmlite(setup: Setup, wanted: Sequence[Artifact]) -> None:
             run([*command, "-o", str(out)], setup.work / "logs" / f"llmlite-{artifact.type}.txt")
 
         piece(artifact.path(setup), settings, make)
+
+
+def _asked(setup: Setup, artifact: Artifact) -> list[str]:
+    kind, _, name = artifact.target.partition(":")
+    if kind != "size":
+        return ["--to", artifact.target]
+    (peer,) = (peer for peer in PEERS if peer.name == f"llama.cpp/{name}")
+    make_peer(setup, peer.tool, peer.type, peer.path(setup))
+    return ["--target-size", str(peer.path(setup).stat().st_size)]
 
 
 def _sources() -> str:

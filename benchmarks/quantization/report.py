@@ -1,14 +1,18 @@
-"""results.json, report.md and the picture, from whatever has been made and scored."""
+"""The results as JSON, Markdown and a picture, from whatever has been made and scored."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
+import sys
 from collections.abc import Iterator, Sequence
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.quantization.artifacts import LLMLITE, PEERS
+from benchmarks.quantization.artifacts import LLMLITE, PEERS, pairs
 from benchmarks.quantization.pieces import made_from
 from benchmarks.quantization.prepare import Setup
 from benchmarks.quantization.score import known
@@ -18,19 +22,22 @@ from llmlite.evals.size import measure_size
 
 SAMPLES = 10_000
 HEAD = ("text", "artifact", "MB", "bits", "mean KL", "median KL", "p99.9 KL", "same top", "perplexity")
-PAIR_HEAD = ("text", "llmlite", "peer", "bytes, llmlite / peer", "mean KL, llmlite / peer", "95% interval")
+PAIR_HEAD = ("text", "llmlite", "against", "bytes, ratio", "perplexity, ratio", "mean KL, ratio", "95% interval")
+NAME = "quantization"
 
 
-def report(setup: Setup) -> None:
-    """Write the three files into the work folder, and print where they are."""
+def report(setup: Setup, folder: Path) -> None:
+    """Write the three files into ``folder``, and print where they are."""
     results = gather(setup)
     if not results["artifacts"]:
         raise SystemExit(f"{setup.work}: nothing has been scored there yet")
-    (setup.work / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (setup.work / "report.md").write_text(markdown(results))
-    picture(results, setup.work / "report.png")
-    for name in ("results.json", "report.md", "report.png"):
-        print(setup.work / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, text, drawn = (folder / f"{NAME}.{ending}" for ending in ("json", "md", "png"))
+    data.write_text(json.dumps(results, indent=1) + "\n")
+    text.write_text(markdown(results))
+    picture(results, drawn)
+    for path in (data, text, drawn):
+        print(path)
 
 
 def gather(setup: Setup) -> dict:
@@ -47,22 +54,30 @@ def gather(setup: Setup) -> dict:
             named = {"tool": artifact.tool, "type": artifact.type, "made_from": made_from(path)}
             artifacts[artifact.name] = {**named, **facts}
     settings = {"windows": setup.rows, "window": setup.length, "calibration_tokens": setup.tokens, **setup.origin}
-    return {"settings": settings, "artifacts": artifacts, "pairs": list(_pairs(artifacts))}
+    made = {"date": date.today().isoformat(), "machine": machine(), "command": f"python -m benchmarks.{NAME}"}
+    return {**made, "settings": settings, "artifacts": artifacts, "pairs": list(_pairs(artifacts))}
+
+
+def machine() -> str:
+    """The processor's name and how many there are."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{named[0] if named else platform.processor() or sys.platform}, {os.cpu_count()} logical cores"
 
 
 def _pairs(artifacts: dict) -> Iterator[dict]:
-    ours = {artifact.target: artifact.name for artifact in LLMLITE}
-    for peer in PEERS:
-        mine, theirs = artifacts.get(ours[peer.target]), artifacts.get(peer.name)
+    for ours, other in pairs():
+        mine, theirs = artifacts.get(ours.name), artifacts.get(other.name)
         if mine is None or theirs is None:
             continue
         for text in TEXTS:
             if text in mine["texts"] and text in theirs["texts"]:
-                rows = [side["texts"][text]["rows_kl"] for side in (mine, theirs)]
-                ratio, low, high = ratio_of_means(np.array(rows[0]), np.array(rows[1]))
+                one, two = (side["texts"][text] for side in (mine, theirs))
+                ratio, low, high = ratio_of_means(np.array(one["rows_kl"]), np.array(two["rows_kl"]))
                 yield {
-                    "text": text, "llmlite": ours[peer.target], "peer": peer.name,
-                    "bytes": mine["bytes"] / theirs["bytes"], "mean_kl": ratio, "low": low, "high": high,
+                    "text": text, "llmlite": ours.name, "peer": other.name, "bytes": mine["bytes"] / theirs["bytes"],
+                    "perplexity": one["perplexity"] / two["perplexity"], "mean_kl": ratio, "low": low, "high": high,
                 }  # fmt: skip
 
 
@@ -88,8 +103,8 @@ def markdown(results: dict) -> str:
     ]  # fmt: skip
     pairs = [
         (
-            pair["text"], pair["llmlite"], pair["peer"], f"{pair['bytes']:.3f}", f"{pair['mean_kl']:.3f}",
-            f"{pair['low']:.3f} to {pair['high']:.3f}",
+            pair["text"], pair["llmlite"], pair["peer"], f"{pair['bytes']:.4f}", f"{pair['perplexity']:.4f}",
+            f"{pair['mean_kl']:.3f}", f"{pair['low']:.3f} to {pair['high']:.3f}",
         )
         for pair in sorted(results["pairs"], key=lambda pair: TEXTS.index(pair["text"]))
     ]  # fmt: skip
@@ -98,7 +113,8 @@ def markdown(results: dict) -> str:
         f"{settings['windows']} windows of {settings['window']} tokens from each text, the second half of each scored; "
         f"{settings['calibration_tokens']:,} calibration tokens, the same for every tool. KL in nats from the base in "
         "float32. GGUF files are judged by llama-perplexity, the others in transformers, weights multiplied out to "
-        "float32.\n\n![mean KL against bytes](report.png)\n\n## llmlite against each peer\n\n"
+        f"float32. Made by `{results['command']}` on {results['machine']}, {results['date']}.\n\n"
+        f"![mean KL against bytes]({NAME}.png)\n\n## llmlite against each peer\n\n"
         "Below 1 is better for llmlite. The interval is a paired bootstrap over windows.\n\n"
         f"{_table(PAIR_HEAD, pairs)}\n## All figures\n\n{_table(HEAD, figures)}"
     )
