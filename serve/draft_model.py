@@ -54,7 +54,8 @@ class DraftSequence:
 
     def close(self) -> None:
         if self.place is not None:
-            self.place.owner = self.place = None
+            self.place.owner = None
+            self.place = None
 
 
 class DraftModel:

@@ -98,7 +98,10 @@ def run_harness(model: Path, url: str, tokenizer: Path, data: Path, folder: Path
         ("local-completions", "written"),
         ("local-chat-completions", "written"),
     ]
-    passed, failed, version, notes = [], [], "", []
+    passed: list[str] = []
+    failed: list[str] = []
+    notes: list[str] = []
+    version = ""
     try:
         wanted = {
             (kind, name): run_tasks(reader, TaskSettings((str(tasks[name]),), chat="chat" in kind))[name]
