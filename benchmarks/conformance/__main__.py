@@ -85,7 +85,8 @@ def langchain(url: str) -> Suite:
     python = environment("langchain")
     out = BUILD / "langchain.json"
     settings = {"CONFORMANCE_URL": url, "CONFORMANCE_WAIVERS": str(HERE / "langchain.toml")}
-    arguments = ["langchain_suite.py", "-c", os.devnull, "--rootdir", str(HERE), "--asyncio-mode=auto"]
+    loop = [item for kind in ("test", "fixture") for item in ("-o", f"asyncio_default_{kind}_loop_scope=session")]
+    arguments = ["langchain_suite.py", "-c", os.devnull, "--rootdir", str(HERE), "--asyncio-mode=auto", *loop]
     pytest(python, arguments, HERE, out, settings)
     tests, client = version_of(python, "langchain-tests"), version_of(python, "langchain-openai")
     return read_outcomes("langchain-tests ChatModelIntegrationTests", f"{tests}, langchain-openai {client}", out)
