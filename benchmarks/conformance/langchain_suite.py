@@ -30,7 +30,8 @@ class TestServer(ChatModelIntegrationTests):
     def chat_model_params(self) -> dict[str, Any]:
         return {
             "model": "model", "base_url": os.environ["CONFORMANCE_URL"] + "/v1", "api_key": "none", "temperature": 0,
-            "seed": 1, "max_tokens": 160, "max_retries": 0, "timeout": 600, "stream_usage": True,
+            "seed": 1, "frequency_penalty": 1.0, "max_tokens": 160, "max_retries": 0, "timeout": 600,
+            "stream_usage": True,
         }  # fmt: skip
 
     @property
