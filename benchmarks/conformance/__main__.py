@@ -149,7 +149,7 @@ def llama_cpp(tests: Path, stories: Path) -> Suite:
         "CONFORMANCE_WAIVERS": str(HERE / "llama_cpp.toml"),
     }  # fmt: skip
     chosen = [f"unit/{name}" for name in (*LLAMA_FILES, *LLAMA_TESTS)]
-    pytest(python, [*chosen, "-m", "not slow"], copy, out, settings)
+    pytest(python, [*chosen, "-m", "not slow", "-s"], copy, out, settings)  # they close the captured output
     notes = [f"with openai {version_of(python, 'openai')}"]
     return read_outcomes("llama.cpp tools/server/tests", f"llama.cpp of {tests.parents[4].name}", out, notes)
 
