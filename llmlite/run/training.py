@@ -1,4 +1,4 @@
-"""What the verbs that train have in common: where to compute, and the directory that a killed run is gone on with in."""
+"""What the verbs that train share: where to compute, and the directory in which a killed run is gone on with."""
 
 from __future__ import annotations
 
