@@ -80,6 +80,8 @@ def tokenized(corpora: Sequence[Corpus], tokenizer: Any, length: int) -> tuple[l
         raise InputError(
             "the model's tokenizer has no chat template, and chats can't be written without; use a chat model"
         )
+    if not tokenizer.is_fast:
+        raise InputError("the model's tokenizer is not of the fast kind, which alone tells where a token's text lies")
     chats: list[tuple[Message, ...]] = []
     for corpus in corpora:
         if any(document.messages is None for document in corpus.documents):
