@@ -182,8 +182,8 @@ def _tell(base: Base, data: _Data, task: AdapterTask, settings: LoraSettings, re
     console.print(
         f"base: {base.kept}; adapter: {settings.kind}, rank {settings.rank}, {_count(task):,} parameters"
         + ("; activations are computed twice" if recomputing else "")
-        + f"\ndata: {data.counts.used} conversations: {len(data.rows)} rows to train on ({tokens:,} tokens, {counted:,} "
-        f"of them in answers), {len(data.held)} to judge with"
+        + f"\ndata: {data.counts.used} conversations: {len(data.rows)} rows to train on ({tokens:,} tokens, "
+        f"{counted:,} of them in answers), {len(data.held)} to judge with"
         + ("" if settings.minutes else f"; {settings.steps} steps see each row {epochs:.1f} times"),
         style="dim", markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
