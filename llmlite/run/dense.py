@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from llmlite.checkpoint.artifact import read_manifest, sha256_of
 from llmlite.checkpoint.checkpoint import Checkpoint, locate
+from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError
 from llmlite.formats.dequantized import gguf_file, open_dequantized
 from llmlite.run.text import opened
@@ -32,47 +31,53 @@ def opened_dense(model: str, revision: str | None, out: Path) -> Iterator[Checkp
     yield replace(open_dequantized(locate(model, revision)), source=model)
 
 
-def weights_digest(model: str, revision: str | None = None) -> str:
-    """Hexadecimal SHA-256 of a model's weight files, one behind the other by name."""
+def weights_sha256(model: str, revision: str | None = None) -> dict[str, str]:
+    """The digest of each of a model's weight files by its name."""
     file = gguf_file(Path(model))
-    total = hashlib.sha256()
-    for part in [file] if file else sorted(locate(model, revision).glob("*.safetensors")):
-        total.update(sha256_of(part).encode())
-    return total.hexdigest()
-
-
-def config_digests(model: str, revision: str | None = None) -> set[str]:
-    """SHA-256 of the config.json of a model, and of its base where its manifest tells it."""
-    folder = Path(model).parent if model.endswith(".gguf") else locate(model, revision)
-    manifest = read_manifest(folder) or {}
-    config = folder / "config.json"
-    return ({sha256_of(config)} if config.is_file() else set()) | _told(manifest)
+    files = [file] if file else sorted({entry.file for entry in read_index(locate(model, revision)).values()})
+    return {part.name: sha256_of(part) for part in files}
 
 
 def refuse_other_base(adapter: Path, model: str, revision: str | None = None) -> None:
-    """`InputError` where an adapter's manifest names another base than ``model``; one without a manifest passes."""
+    """`InputError` where an adapter's manifest names another base than ``model``; one without a manifest passes.
+
+    ``model`` may be what the adapter was made on, an artifact of that, or what that is an artifact of; an adapter of
+    rounding errors belongs to one artifact only.
+    """
     manifest = read_manifest(adapter)
-    if manifest is None:
+    base = (manifest or {}).get("base")
+    if manifest is None or not isinstance(base, dict):
         return
-    base = manifest.get("base") or {}
-    if manifest.get("kind") == ERROR_ADAPTER and base.get("weights_sha256") != weights_digest(model, revision):
-        raise InputError(
-            f"{adapter}: makes good what rounding cost {base.get('source')}, and {model} has other weights: an adapter "
-            "of another base"
-        )
-    wanted, found = _told(manifest), config_digests(model, revision)
-    if wanted and found and not wanted & found:
-        raise InputError(
-            f"{adapter}: was made for {base.get('source')}, and the config.json of {model} is another: an adapter of "
-            "another base"
-        )
+    source, weights, config = base.get("source"), base.get("weights_sha256"), base.get("config_sha256")
+    own = _config_sha256(_folder(model, revision))
+    if manifest.get("kind") == ERROR_ADAPTER:
+        if weights != weights_sha256(model, revision):
+            raise InputError(
+                f"{adapter}: makes good what rounding cost {source}, and {model} has other weights: an adapter of "
+                "another base"
+            )
+    elif config is not None and config == own:
+        if weights is not None and weights != weights_sha256(model, revision):
+            raise InputError(f"{adapter}: was made for {source}, and {model} has other weights: of another base")
+    elif config is not None:
+        wanted = {config} | _of_base(Path(str(source)))
+        if not wanted & ({own} | _of_base(_folder(model, revision))):
+            raise InputError(
+                f"{adapter}: was made for {source}, and {model} is another model by its config.json: an adapter of "
+                "another base"
+            )
 
 
-def _told(manifest: Mapping[str, Any]) -> set[str]:
-    """The digests of config.json that a manifest gives its base, and that base's base."""
-    found = set()
-    base = manifest.get("base")
-    while isinstance(base, dict):
-        found |= {base["config_sha256"]} if "config_sha256" in base else set()
-        base = base.get("base")
-    return found
+def _folder(model: str, revision: str | None) -> Path:
+    return Path(model).parent if model.endswith(".gguf") else locate(model, revision)
+
+
+def _config_sha256(folder: Path) -> str | None:
+    file = folder / "config.json"
+    return sha256_of(file) if file.is_file() else None
+
+
+def _of_base(folder: Path) -> set[str]:
+    """The digest of the config.json of what the artifact in ``folder`` was made from, where its manifest tells it."""
+    base = (read_manifest(folder) or {}).get("base")
+    return {base["config_sha256"]} if isinstance(base, dict) and "config_sha256" in base else set()

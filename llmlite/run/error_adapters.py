@@ -17,7 +17,7 @@ from llmlite.formats.dequantized import dequantized_gguf, gguf_file, open_dequan
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.memory import keep_heap_small
-from llmlite.run.dense import ERROR_ADAPTER, weights_digest
+from llmlite.run.dense import ERROR_ADAPTER, weights_sha256
 from llmlite.run.text import calibration_rows, check_row_length
 
 
@@ -81,7 +81,7 @@ def _manifest(
         "kind": ERROR_ADAPTER,
         "base": {
             "source": artifact,
-            "weights_sha256": weights_digest(artifact),
+            "weights_sha256": weights_sha256(artifact),
             "config_sha256": sha256_of(base.directory / "config.json"),
         },
         "settings": asdict(settings),

@@ -141,11 +141,16 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(base, adap
     copy = save_adapter(base, tmp_path / "told")
     digest = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
     (copy / "llmlite.json").write_text(json.dumps({"base": {"source": "the-base", "config_sha256": digest}}))
-    refused(same_shapes, copy, "was made for the-base, .* another base")
+    refused(same_shapes, copy, r"was made for the-base, .* another base")
     merge(base, copy, tmp_path / "right", PLAIN)
     quantize(base, tmp_path / "artifact", QuantizeSettings("gptq:w4g32", solver="rtn"))
     merge(tmp_path / "artifact", copy, tmp_path / "right too", PLAIN)
-    told = {"source": "an-artifact", "config_sha256": digest, "weights_sha256": "0"}
+    tensors = {"model.safetensors": "0"}
+    (copy / "llmlite.json").write_text(
+        json.dumps({"base": {"source": "twin", "config_sha256": digest, "weights_sha256": tensors}})
+    )
+    refused(base, copy, "was made for twin, and .* has other weights")
+    told = {"source": "an-artifact", "config_sha256": digest, "weights_sha256": tensors}
     (copy / "llmlite.json").write_text(json.dumps({"kind": "error adapter", "base": told}))
     refused(base, copy, "makes good what rounding cost an-artifact, .* other weights")
 
@@ -168,3 +173,17 @@ def test_bad_words_and_bad_values_are_refused_in_one_sentence(base, adapter, tmp
     assert json.loads(capsys.readouterr().out)["changed"] == 14
     assert main(["merge", str(base), str(adapter), "-o", out]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+def test_an_adapter_trained_on_an_artifact_fits_what_the_artifact_was_made_from(base, tmp_path):
+    quantize(base, tmp_path / "artifact", QuantizeSettings("gptq:w4g32", solver="rtn"))
+    adapter = save_adapter(base, tmp_path / "adapter")
+    digest = hashlib.sha256((tmp_path / "artifact" / "config.json").read_bytes()).hexdigest()
+    told = {"source": str(tmp_path / "artifact"), "config_sha256": digest}
+    (adapter / "llmlite.json").write_text(json.dumps({"kind": "adapter", "base": told}))
+    merge(base, adapter, tmp_path / "one", PLAIN)
+    merge(tmp_path / "artifact", adapter, tmp_path / "two", PLAIN)
+    stranger = save_tiny(tmp_path / "stranger")
+    edit_config(stranger, rope_theta=5e5)
+    with pytest.raises(InputError, match=r"another model by its config\.json"):
+        merge(stranger, adapter, tmp_path / "three", PLAIN)
