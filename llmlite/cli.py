@@ -44,8 +44,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for add in (
-        _add_import, _add_quantize, _add_imatrix, _add_merge, _add_eval, _add_compare, _add_gate, _add_report,
-        _add_serve, _add_key, _add_chat,
+        _add_import, _add_quantize, _add_imatrix, _add_lora, _add_merge, _add_eval, _add_compare, _add_gate,
+        _add_report, _add_serve, _add_key, _add_chat,
     ):  # fmt: skip
         add(verbs)
     return parser
@@ -263,6 +263,25 @@ def _report(given: argparse.Namespace) -> int:
     _write_json(report.to_json(), given.json)
     if given.json != "-":
         print("\n".join(report.written) or "nothing to write: name a page with -o, --markdown or --model-card")
+    return 0
+
+
+def _add_lora(verbs: Any) -> None:
+    from llmlite.run.lora import LoraSettings
+
+    parser = _verb(verbs, "lora", _lora, "train an adapter of a model on chats", LoraSettings)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id, 16 bits or quantized")
+    _out(parser)
+    _json(parser)
+
+
+def _lora(given: argparse.Namespace) -> int:
+    from llmlite.run.lora import LoraSettings, adapted_facts, adapted_sentence, lora
+
+    done = lora(given.model, given.out, settings_from(LoraSettings, given, given.recipe))
+    _write_json(adapted_facts(done), given.json)
+    if given.json != "-":
+        print(adapted_sentence(done))
     return 0
 
 

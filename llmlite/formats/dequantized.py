@@ -21,12 +21,9 @@ from llmlite.checkpoint.safetensors_index import TensorEntry, read_index
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import STATE, BitsAndBytes
-from llmlite.formats.compressed_tensors import PackQuantized
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gguf.metadata import full_config, head_dim
-from llmlite.formats.gptq import Gptq
-from llmlite.formats.int_quantized import IntQuantized
-from llmlite.quantize.types import Grid, ZeroPoint
+from llmlite.formats.reading import packed_format
 
 DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,15 +41,15 @@ def open_dequantized(directory: Path) -> Checkpoint:
 
     `InputError` for a format that is not llmlite's, and for tensors that are not as its config says.
     """
-    config = dict(read_config(directory))
-    quantization = config.pop("quantization_config", None)
-    if not quantization:
+    whole = read_config(directory)
+    if not whole.get("quantization_config"):
         return open_checkpoint(directory)
+    config = {key: value for key, value in whole.items() if key != "quantization_config"}
     family = family_of(config, str(directory))
     index = read_index(directory)
     dense = [entry.dtype for entry in index.values() if len(entry.shape) == 1 and entry.dtype in DENSE]
     dtype = dense[0] if dense else torch.bfloat16
-    reader = _reader(quantization, dtype, directory)
+    reader = _reader(whole, dtype, directory)
     entries = {}
     for name, shape in expected_shapes(config, family, str(directory)).items():
         module = name.removesuffix(".weight")
@@ -78,36 +75,21 @@ def _multiplied(
 
 
 def _reader(config: Mapping[str, Any], dtype: torch.dtype, where: Path) -> _Reader:
-    """What reads the tensors of a linear layer, from the ``quantization_config``."""
-    method = config.get("quant_method")
-    if method == "gptq" and config.get("checkpoint_format") == ("gptq" if config["sym"] else "gptq_v2"):
-        group = None if config["group_size"] == -1 else config["group_size"]
-        grid = Grid(config["bits"], group, "symmetric" if config["sym"] else "integer")
-        return _on_grid(Gptq(dtype, bool(config["desc_act"])), grid)
-    if method == "compressed-tensors" and set(config.get("config_groups", ())) == {"group_0"}:
-        weights = config["config_groups"]["group_0"]["weights"]
-        zero: ZeroPoint = "symmetric" if weights["symmetric"] else "integer"
-        grid = Grid(weights["num_bits"], weights["group_size"], zero, scale_dtype=dtype)
-        if config["format"] == "pack-quantized":
-            return _on_grid(PackQuantized(dtype), grid)
-        if config["format"] == "int-quantized":
-            return _on_grid(IntQuantized(dtype), grid)
-    if method == "bitsandbytes" and config.get("load_in_8bit"):
+    """What reads the tensors of a linear layer, from config.json."""
+    quantization = config["quantization_config"]
+    method = quantization.get("quant_method")
+    if method in ("gptq", "compressed-tensors"):
+        packed = packed_format({**config, "dtype": str(dtype)}, str(where))
+        return _Reader(lambda module, shape: packed.format.layout(module, packed.grid, shape), packed.weight)
+    if method == "bitsandbytes" and quantization.get("load_in_8bit"):
         int8 = BitsAndBytes("int8", dtype)
         return _Reader(int8.layout, int8.unpack)
-    if method == "bitsandbytes" and config.get("bnb_4bit_quant_type") == "nf4":
-        nf4 = BitsAndBytes("nf4", dtype, bool(config["bnb_4bit_use_double_quant"]))
+    if method == "bitsandbytes" and quantization.get("bnb_4bit_quant_type") == "nf4":
+        nf4 = BitsAndBytes("nf4", dtype, bool(quantization["bnb_4bit_use_double_quant"]))
         return _Reader(nf4.layout, nf4.unpack)
     raise InputError(
         f"{where}: its weights are rounded as {method!r} in a way that is not read here; artifacts that llmlite "
         "quantize writes (gptq, compressed-tensors, bnb, gguf) are right"
-    )
-
-
-def _on_grid(packed: Gptq | PackQuantized | IntQuantized, grid: Grid) -> _Reader:
-    return _Reader(
-        lambda module, shape: packed.layout(module, grid, shape),
-        lambda module, tensors: packed.unpack(module, tensors, grid),
     )
 
 

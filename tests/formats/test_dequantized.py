@@ -82,7 +82,7 @@ def test_what_is_not_as_the_config_says_is_refused(base, tmp_path):
     config = json.loads((artifact / "config.json").read_text())
     for change, said in (
         ({"quant_method": "awq"}, "'awq' in a way that is not read here"),
-        ({"checkpoint_format": "gptq_v2"}, "not read here"),
+        ({"bits": 5}, "of a kind that is not read here"),
     ):
         changed = {**config, "quantization_config": config["quantization_config"] | change}
         (artifact / "config.json").write_text(json.dumps(changed))
