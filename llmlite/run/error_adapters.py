@@ -62,6 +62,24 @@ def write_error_adapter(
     return done
 
 
+def made_facts(out: Path, done: ErrorAdapter) -> dict[str, Any]:
+    """What was made, as plain values."""
+    return {"adapter": str(out), "bytes": done.bytes, "relative_error": _means(done)}
+
+
+def made_sentence(out: Path, done: ErrorAdapter) -> str:
+    """What was made, for the terminal."""
+    mean = _means(done)
+    return (
+        f"{out}: {done.bytes / 1e6:,.1f} MB; mean relative error of the layers' outputs {mean['before']:.2e} -> "
+        f"{mean['after']:.2e} ({mean['after'] / mean['before'] - 1:+.1%})"
+    )
+
+
+def _means(done: ErrorAdapter) -> dict[str, float]:
+    return {"before": fmean(done.before.values()), "after": fmean(done.after.values())}
+
+
 def _rounded(artifact: str, base: Checkpoint) -> Checkpoint:
     file = gguf_file(Path(artifact))
     folder = file.parent if file else locate(artifact)
@@ -87,6 +105,6 @@ def _manifest(
         "settings": asdict(settings),
         "calibration": None if rows is None else {"sources": list(rows.sources), "row_length": rows.ids.shape[1]},
         "bytes": done.bytes,
-        "relative_error": {"before": fmean(done.before.values()), "after": fmean(done.after.values())},
+        "relative_error": _means(done),
         "errors": {name: [done.before[name], done.after[name]] for name in done.before},
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +15,7 @@ from llmlite import __version__
 from llmlite.adapt.bases import Base, load_base, method_of
 from llmlite.adapt.conversations import Counts, Row, held_out, packed_rows, tokenized
 from llmlite.adapt.curve import loss_curve
+from llmlite.adapt.error_adapters import ErrorAdapter, ErrorAdapterSettings
 from llmlite.adapt.lora import (
     AdapterSettings,
     AdapterTask,
@@ -25,17 +28,21 @@ from llmlite.adapt.lora import (
 from llmlite.adapt.training import Trained, check_training, computing_dtype, train
 from llmlite.adapt.training_state import disk_needed
 from llmlite.calibrate.corpus import read_corpus
-from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, sha256_of, write_manifest
+from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, scratch_directory, sha256_of, write_manifest
 from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError
 from llmlite.evals.hf import load_tokenizer
 from llmlite.progress import console
+from llmlite.run.dense import ERROR_ADAPTER
+from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
+from llmlite.run.text import choose_device
 from llmlite.run.training import describe_model, training_device, training_directory
 
 PICTURE = "loss.png"
 LENGTH = 1024
 ROUNDINGS = ("bnb:nf4", "bnb:int8")
+InitName = Literal["random", "qera", "eora", "loftq"]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,20 @@ class LoraSettings(AdapterSettings):
         metadata={"help": "tokens in a row, and in a conversation, at most (default: 1024, or what the model reads)"},
     )
     held_out: float = field(default=0.1, metadata={"help": "share of the conversations that judge (256 at most)"})
+    init: InitName = field(
+        default="random",
+        metadata={
+            "help": "qera (eora is the same) or loftq: begin with what rounding cost a quantized MODEL; with --steps 0 "
+            "that is all"
+        },
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "--init: the full-precision checkpoint that MODEL was made from"}
+    )
+    calibration: tuple[str, ...] = field(
+        default=(), metadata={"help": "--init: text that weighs the errors (default: a small mix that is packaged)"}
+    )
+    calibration_tokens: int = field(default=32768, metadata={"help": "--init: tokens of calibration text in all"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
@@ -102,8 +123,10 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     conversations, counts = tokenized(corpora, tokenizer, length)
     parts = held_out(conversations, settings.held_out, settings.seed)
     dtype = computing_dtype(settings.dtype, torch.device(device))
-    base = load_base(directory, dtype, device, settings.quantize)  # type: ignore[arg-type]
-    adapted = new_adapter(base.model, settings, _base_name(str(model), directory))
+    with ExitStack() as stack:
+        errors = None if settings.init == "random" else stack.enter_context(_errors(str(model), out, settings, device))
+        base = load_base(directory, dtype, device, settings.quantize)  # type: ignore[arg-type]
+        adapted = new_adapter(base.model, settings, _base_name(str(model), directory), errors)
     packed = packing_holds(adapted)
     rows, held = (packed_rows(part, length, packed) for part in parts)
     data = _Data(rows, held, counts, packed, tuple({"source": c.source, "sha256": c.sha256} for c in corpora))
@@ -121,11 +144,61 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     return done
 
 
+@contextmanager
+def _errors(model: str, out: Path, settings: LoraSettings, device: str) -> Iterator[Path]:
+    """The adapter of what rounding cost ``model``, beside ``out`` while the block runs."""
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        raise InputError(f"--init {settings.init}: is made by one process, not by several; run it without a launcher")
+    with scratch_directory(out) as folder:
+        write_error_adapter(model, base_of(settings), folder, *error_settings(settings, device))
+        yield folder
+
+
+def untrained(model: str, out: Path, settings: LoraSettings) -> ErrorAdapter:
+    """What --steps 0 asks for: the adapter of what rounding cost ``model`` as the new directory ``out``."""
+    check_init(settings)
+    device = choose_device(settings.device, settings.threads)
+    return make_error_adapter(model, base_of(settings), out, *error_settings(settings, device))
+
+
+def base_of(settings: LoraSettings) -> str:
+    """The checkpoint that --base names; `InputError` where it is missing."""
+    if settings.base is None:
+        raise InputError(f"--init {settings.init}: --base is missing, the checkpoint that the model was made from")
+    return settings.base
+
+
+def error_settings(settings: LoraSettings, device: str) -> tuple[ErrorAdapterSettings, Calibration]:
+    """How the adapter of rounding errors is made."""
+    assert settings.init != "random"
+    text = Calibration(settings.calibration, settings.calibration_tokens, seed=settings.seed)
+    return ErrorAdapterSettings(settings.init, settings.rank, device=device), text
+
+
+def check_init(settings: LoraSettings) -> None:
+    """`InputError` for options that do not go with --init, or that only go with it."""
+    plain = LoraSettings()
+    others: tuple[str, ...]
+    if settings.init == "random":
+        others = ("base", "calibration", "calibration_tokens")
+        said = "says what --init qera, eora or loftq begins with"
+    else:
+        base_of(settings)
+        others, said = ("kind", "alpha", "targets", "quantize"), f"does not go with --init {settings.init}"
+    values, defaults = asdict(settings), asdict(plain)
+    for name in others:
+        if values[name] != defaults[name]:
+            raise InputError(f"--{name.replace('_', '-')}: {said}; leave it out")
+
+
 def check_lora(settings: LoraSettings) -> None:
     """`InputError` for settings that can't be followed, whatever the model."""
     load_peft()
     check_training(settings)
     check_adapter(settings)
+    check_init(settings)
     if not settings.data:
         raise InputError("--data is missing: files of chats are right, as in --data chat.jsonl")
     if settings.quantize is not None and settings.quantize not in ROUNDINGS:
@@ -229,7 +302,7 @@ def _manifest(done: Adapted, data: _Data, settings: LoraSettings, directory: Pat
     weights = sorted({entry.file for entry in read_index(directory).values()})
     return {
         "llmlite": __version__,
-        "kind": "adapter",
+        "kind": "adapter" if settings.init == "random" else ERROR_ADAPTER,
         "base": {
             "source": model,
             "config_sha256": sha256_of(directory / "config.json"),

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from llmlite.adapt.error_adapters import ErrorAdapterSettings
 from llmlite.checkpoint.checkpoint import open_checkpoint
+from llmlite.cli import main
 from llmlite.errors import InputError
 from llmlite.evals.kv import F32
 from llmlite.evals.llama import Llama, LlamaSettings
@@ -141,3 +142,31 @@ def test_what_makes_no_sense_is_refused(base, artifact, tmp_path):
     narrow = save_tiny(tmp_path / "narrow", intermediate_size=96)
     refused("an artifact of another base", artifact, narrow)
     (tmp_path / "aside").rename(artifact / "llmlite.json")
+
+
+def test_the_verb_makes_it_and_training_goes_on_from_it(base, artifact, tmp_path, capsys):
+    words = ["lora", str(artifact), "--init", "qera", "--rank", "8", "--calibration-tokens", "4096"]
+    made, trained = tmp_path / "made", tmp_path / "trained"
+    assert main([*words, "--base", str(base), "--steps", "0", "-o", str(made), "--json", "-"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["relative_error"]["after"] < 0.9 * facts["relative_error"]["before"]
+    chats = tmp_path / "chats.jsonl"
+    lines = [{"instruction": f"say {n} and {n + 3}", "output": f"the cat {n}, the dog {n + 3}"} for n in range(12)]
+    chats.write_text("\n".join(map(json.dumps, lines)))
+    more = ["--data", str(chats), "--steps", "1", "--rate", "1e-9", "--length", "64", "--dtype", "float32"]
+    assert main([*words, "--base", str(base), *more, "-o", str(trained)]) == 0
+    first, second = (read_adapter(folder).pairs for folder in (made, trained))
+    for module, pair in first.items():
+        zero = torch.zeros(pair.shape)
+        assert torch.allclose(pair.applied(zero), second[module].applied(zero), atol=1e-4)
+    assert json.loads((trained / "llmlite.json").read_text())["kind"] == "error adapter"
+    capsys.readouterr()
+    for wrong, said in (
+        (["--steps", "0"], "--base is missing"),
+        (["--base", str(base), "--kind", "dora", "--steps", "0"], "--kind: does not go with --init qera"),
+    ):
+        assert main([*words, *wrong, "-o", str(tmp_path / "none")]) == 2
+        assert said in " ".join(capsys.readouterr().err.split())
+    assert main(["lora", str(artifact), "--data", str(chats), "--base", str(base), "-o", str(tmp_path / "none")]) == 2
+    assert "--base: says what --init" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "none").exists()
