@@ -61,8 +61,8 @@ def _adapter(setup: Setup, artifact: Path, init: Init) -> Path:
 def _engine(setup: Setup, artifact: Path, adapter: Path | None) -> Engine:
     file = artifact / "model.gguf"
     if file.is_file():
-        return llama_engine(file, adapter and adapter / GGUF_LORA, setup.threads)
-    return float32_engine(setup.base, open_dequantized(artifact), adapter and read_adapter(adapter))
+        return llama_engine(file, adapter / GGUF_LORA if adapter else None, setup.threads)
+    return float32_engine(setup.base, open_dequantized(artifact), read_adapter(adapter) if adapter else None)
 
 
 def _bytes(artifact: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,13 +31,11 @@ def run(setup: Setup) -> dict:
     plain = float32_engine(setup.base)
     rows = setup.rows(plain.tokenizer)
     peft, llama = _PeftEngine(setup.base, folder), llama_engine(base / "model.gguf", lora, setup.threads)
-    table = [
-        {"what": "llama.cpp against peft", **apart(peft, llama, rows, "llama.cpp")},
-        {"what": "peft against the base", **apart(plain, peft, rows, "peft")},
-    ]
+    mine, its = apart(peft, llama, rows, "llama.cpp"), apart(plain, peft, rows, "peft")
+    table = [{"what": "llama.cpp against peft", **mine}, {"what": "peft against the base", **its}]
     llama.close()
     speed = {"what": "tokens per second", **tokens_per_second(base / "model.gguf", lora, setup.threads)}
-    held = table[0]["mean_kl"] < BAR < table[1]["mean_kl"]
+    held = mine["mean_kl"] < BAR < its["mean_kl"]
     return {"bar": f"mean KL < {BAR}", "held": held, "adapter": str(folder), "rows": [*table, speed]}
 
 
@@ -47,7 +46,7 @@ class _PeftEngine(TransformersEngine):
         from peft import PeftModel
 
         super().__init__(base)
-        self.model = PeftModel.from_pretrained(self.model.float().cpu(), str(adapter)).eval().base_model.model
+        self.model: Any = PeftModel.from_pretrained(self.model.float().cpu(), str(adapter)).eval().base_model.model
 
 
 def _random(setup: Setup, folder: Path) -> Path:
