@@ -198,5 +198,7 @@ def set_checkpointing(adapted: Any, wanted: str, tokens: int) -> bool:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         wanted = "on" if activation_bytes(adapted.config, tokens) > ROOM * free else "off"
     if wanted == "on":
-        adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers 5.23 has a newer name for it, 5.0 has not
+            adapted.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     return wanted == "on"
