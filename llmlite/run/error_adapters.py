@@ -10,8 +10,16 @@ from typing import Any
 from llmlite import __version__
 from llmlite.adapt.error_adapters import ErrorAdapter, ErrorAdapterSettings, error_adapter
 from llmlite.calibrate.rows import Rows
-from llmlite.checkpoint.artifact import atomic_directory, read_manifest, refuse_existing, sha256_of, write_manifest
+from llmlite.checkpoint.artifact import (
+    atomic_directory,
+    read_manifest,
+    refuse_existing,
+    refuse_full_disk,
+    sha256_of,
+    write_manifest,
+)
 from llmlite.checkpoint.checkpoint import Checkpoint, locate, open_checkpoint, read_config
+from llmlite.checkpoint.families import LAYER
 from llmlite.errors import InputError
 from llmlite.formats.dequantized import dequantized_gguf, gguf_file, open_dequantized
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
@@ -55,11 +63,19 @@ def write_error_adapter(
     rows = None
     if settings.init != "loftq":
         rows = calibration_rows(whole, text.calibration, text.calibration_tokens, text.row_length, text.seed)
+        refuse_full_disk(directory, *_disk_needed(whole, settings.rank, rows.ids.size))
     done = error_adapter(whole, rounded, rows, directory, settings)
     if gguf_file(Path(artifact)):
         write_gguf_lora(read_adapter(directory), whole.config, directory / GGUF_LORA)
     write_manifest(directory, _manifest(artifact, whole, done, settings, rows))
     return done
+
+
+def _disk_needed(base: Checkpoint, rank: int, tokens: int) -> tuple[int, int]:
+    """Bytes of the pairs, and of two networks' activations while a layer is worked on, at most."""
+    shapes = [entry.shape for name, entry in base.tensors.items() if name.startswith(LAYER) and len(entry.shape) == 2]
+    widest, hidden = max(max(shape) for shape in shapes), base.config["hidden_size"]
+    return sum(2 * rank * sum(shape) for shape in shapes), 2 * tokens * 4 * (5 * hidden + widest)
 
 
 def made_facts(out: Path, done: ErrorAdapter) -> dict[str, Any]:

@@ -30,9 +30,12 @@ from llmlite.adapt.training_state import disk_needed
 from llmlite.calibrate.corpus import read_corpus
 from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, scratch_directory, sha256_of, write_manifest
 from llmlite.checkpoint.checkpoint import locate, read_config
+from llmlite.checkpoint.families import family_of
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError
 from llmlite.evals.hf import load_tokenizer
+from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
+from llmlite.formats.peft import read_adapter
 from llmlite.progress import console
 from llmlite.run.dense import ERROR_ADAPTER
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
@@ -63,6 +66,9 @@ class LoraSettings(AdapterSettings):
         metadata={"help": "tokens in a row, and in a conversation, at most (default: 1024, or what the model reads)"},
     )
     held_out: float = field(default=0.1, metadata={"help": "share of the conversations that judge (256 at most)"})
+    gguf: bool = field(
+        default=False, metadata={"help": "also write adapter.gguf, which llama.cpp loads on a GGUF file"}
+    )
     init: InitName = field(
         default="random",
         metadata={
@@ -116,6 +122,8 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     refuse_existing(out)
     device = training_device(settings.device, settings.threads)
     directory = _directory(str(model), settings)
+    if settings.gguf:
+        family_of(read_config(directory), str(model))
     corpora = [read_corpus(source) for source in settings.data]
     tokenizer = load_tokenizer(directory)
     length = _length(directory, settings.length)
@@ -201,6 +209,10 @@ def check_lora(settings: LoraSettings) -> None:
     check_init(settings)
     if not settings.data:
         raise InputError("--data is missing: files of chats are right, as in --data chat.jsonl")
+    if settings.gguf and settings.kind == "dora":
+        raise InputError(
+            "--gguf: llama.cpp only adds an adapter's product, and DoRA does more; leave --gguf or --kind out"
+        )
     if settings.quantize is not None and settings.quantize not in ROUNDINGS:
         raise InputError(f"--quantize {settings.quantize}: {' or '.join(ROUNDINGS)} is right")
     if settings.length is not None and settings.length < 8:
@@ -293,9 +305,15 @@ def _write(
     folder: Path, adapted: Any, done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str
 ) -> None:
     adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    if settings.gguf:
+        write_gguf_lora(read_adapter(folder), _plain_config(directory), folder / GGUF_LORA)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in
     loss_curve(done.trained, folder / PICTURE, f"{settings.kind} of {Path(model).name}, {done.base}")
     write_manifest(folder, _manifest(done, data, settings, directory, model))
+
+
+def _plain_config(directory: Path) -> dict[str, Any]:
+    return {key: value for key, value in read_config(directory).items() if key != "quantization_config"}
 
 
 def _manifest(done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.checkpoint.gguf_header import read_gguf
+from llmlite.cli import main
 from llmlite.errors import InputError
 from llmlite.evals.llama import Llama, LlamaSettings
 from llmlite.formats.gguf.lora import write_gguf_lora
@@ -162,3 +163,17 @@ def test_adapters_that_are_more_than_pairs_are_refused(bases, tmp_path):
     save_file({name: t for name, t in tensors.items() if name != lost}, plain / "adapter_model.safetensors")
     with pytest.raises(InputError, match="lacks a pair"):
         read_adapter(plain)
+
+
+def test_the_verb_lora_writes_it_beside_peft_s_files(bases, tmp_path, capsys):
+    base, chats = bases("llama"), tmp_path / "chats.jsonl"
+    lines = [{"instruction": f"say {n} and {n + 3}", "output": f"the cat {n}, the dog {n + 3}"} for n in range(12)]
+    chats.write_text("\n".join(map(json.dumps, lines)))
+    words = ["lora", str(base), "--data", str(chats), "--steps", "3", "--rate", "0.05", "--gguf"]
+    words += ["--length", "256", "--dtype", "float32", "-o", str(tmp_path / "out")]
+    assert main([*words, "--kind", "dora"]) == 2
+    assert "--gguf: llama.cpp only adds" in " ".join(capsys.readouterr().err.split())
+    assert main(words) == 0
+    wanted = peft_logits(base, tmp_path / "out")
+    assert relative_gap(wanted, llama_logits(base, None)) > 0.02
+    assert relative_gap(wanted, llama_logits(base, tmp_path / "out" / "adapter.gguf")) < 5e-3
