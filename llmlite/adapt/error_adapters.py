@@ -122,7 +122,7 @@ class _Work:
     def unweighted(self, module: str) -> None:
         """One layer's pair from its two weights alone."""
         weight, seen = (self._weight(checkpoint, module) for checkpoint in (self.base, self.rounded))
-        self._pair(module, weight, seen, None)
+        self._pair(module, weight, seen, None, None)
 
     def calibrated(self, rows: Rows) -> None:
         """Every layer's pairs, with the inputs that it has after the layers before it got theirs."""
@@ -160,11 +160,23 @@ class _Work:
                 "calibration text"
             )
         moments = sums.moments()
-        for name in names:
-            module, linear = f"{LAYER}{number}.{name}", now.module.get_submodule(name)
+        modules = [f"{LAYER}{number}.{name}" for name in names]
+        matrix = damped(moments.xxt, DAMPING)
+        for name, module, target in zip(names, modules, self._targets(modules, moments, matrix), strict=True):
+            linear = now.module.get_submodule(name)
             assert isinstance(linear, torch.nn.Linear)
-            change = self._pair(module, self._weight(self.base, module), linear.weight.data, moments)
-            linear.weight.data += change
+            linear.weight.data += self._pair(module, target, linear.weight.data, matrix, moments.held or moments)
+
+    def _targets(self, modules: list[str], moments: Moments, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """What the layers of one stage should compute with: their weights, corrected for the drift of their inputs."""
+        weights = [self._weight(self.base, module) for module in modules]
+        if moments.cross is None:
+            return weights
+        try:
+            whole = corrected(torch.cat(weights), moments, matrix, self.settings.drift)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise InputError(f"{self.rounded.source}: {modules[0]} has no adapter: {first_line(error)}") from None
+        return list(whole.split([len(weight) for weight in weights]))
 
     def _inputs(
         self, stage: int, staged: dict[str, StagedLayer], batch: int
@@ -186,19 +198,16 @@ class _Work:
             outputs.write(start, layer.outputs(start, batch))
         return outputs
 
-    def _pair(self, module: str, weight: torch.Tensor, seen: torch.Tensor, moments: Moments | None) -> torch.Tensor:
+    def _pair(
+        self, module: str, target: torch.Tensor, seen: torch.Tensor, matrix: torch.Tensor | None, judge: Moments | None
+    ) -> torch.Tensor:
         """Write the pair of one layer, and note what it is worth; its product as it is kept, float32 [out, in]."""
         try:
-            matrix = None if moments is None else damped(moments.xxt, DAMPING)
-            target = weight
-            if moments is not None and matrix is not None and moments.cross is not None:
-                target = corrected(weight, moments, matrix, self.settings.drift)
             b, a = low_rank(target - seen, self.settings.rank, matrix)
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{self.rounded.source}: {module} has no adapter: {first_line(error)}") from None
         self.writer.write(module, a.cpu(), b.cpu())
         change = b.to(self.writer.dtype).float() @ a.to(self.writer.dtype).float()
-        judge = None if moments is None else moments.held or moments
         whole = row_errors(target, torch.zeros_like(target), judge).sum().item()
         for told, values in ((self.before, seen), (self.after, seen + change)):
             told[module] = row_errors(target, values, judge).sum().item() / whole if whole > 0 else 0.0
