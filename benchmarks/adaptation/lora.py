@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from benchmarks.adaptation.setup import Setup
+    from benchmarks.adaptation.setup import Setup  # what it imports would count as each training's memory
 
 STEPS = 30
 TASKS = "chat/alpaca_seed_tasks.jsonl"  # 175 of them

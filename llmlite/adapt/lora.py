@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -76,8 +77,8 @@ def target_modules(model: torch.nn.Module, wanted: Sequence[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in chosen}) if not wanted else list(wanted)
 
 
-def new_adapter(model: Any, settings: AdapterSettings, base_name: str) -> Any:
-    """The peft model of a frozen base with a fresh adapter, float32, that changes nothing yet.
+def new_adapter(model: Any, settings: AdapterSettings, base_name: str, begin: Path | None = None) -> Any:
+    """The peft model of a frozen base with a fresh adapter, float32, that changes nothing yet, or the one in ``begin``.
 
     ``base_name`` goes into adapter_config.json: what peft opens the base by.
     """
@@ -94,7 +95,10 @@ def new_adapter(model: Any, settings: AdapterSettings, base_name: str) -> Any:
     torch.manual_seed(settings.seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads an attribute by its old name
-        adapted = peft.get_peft_model(model, config)
+        if begin is None:
+            adapted = peft.get_peft_model(model, config)
+        else:
+            adapted = peft.PeftModel.from_pretrained(model, str(begin), is_trainable=True)
     adapted.peft_config["default"].base_model_name_or_path = base_name
     return adapted
 

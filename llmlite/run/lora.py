@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +16,7 @@ from llmlite import __version__
 from llmlite.adapt.bases import Base, load_base, method_of
 from llmlite.adapt.conversations import Counts, Row, held_out, packed_rows, tokenized
 from llmlite.adapt.curve import loss_curve
+from llmlite.adapt.error_adapters import ErrorAdapter, ErrorAdapterSettings
 from llmlite.adapt.lora import (
     AdapterSettings,
     AdapterTask,
@@ -26,17 +29,24 @@ from llmlite.adapt.lora import (
 from llmlite.adapt.training import Trained, check_training, computing_dtype, train
 from llmlite.adapt.training_state import disk_needed
 from llmlite.calibrate.corpus import read_corpus
-from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, sha256_of, write_manifest
+from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, scratch_directory, sha256_of, write_manifest
 from llmlite.checkpoint.checkpoint import locate, read_config
+from llmlite.checkpoint.families import family_of
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.evals.hf import load_tokenizer
+from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
+from llmlite.formats.peft import read_adapter
 from llmlite.progress import console
+from llmlite.run.dense import ERROR_ADAPTER
+from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
+from llmlite.run.text import choose_device
 from llmlite.run.training import describe_model, is_first_process, training_device, training_directory
 
 PICTURE = "loss.png"
 LENGTH = 1024
 ROUNDINGS = ("bnb:nf4", "bnb:int8")
+InitName = Literal["random", "qera", "eora", "loftq"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,23 @@ class LoraSettings(AdapterSettings):
         metadata={"help": "tokens in a row, and in a conversation, at most (default: 1024, or what the model reads)"},
     )
     held_out: float = field(default=0.1, metadata={"help": "share of the conversations that judge (256 at most)"})
+    gguf: bool = field(
+        default=False, metadata={"help": "also write adapter.gguf, which llama.cpp loads on a GGUF file"}
+    )
+    init: InitName = field(
+        default="random",
+        metadata={
+            "help": "qera (eora is the same) or loftq: begin with what rounding cost a quantized MODEL; with --steps 0 "
+            "that is all"
+        },
+    )
+    base: str | None = field(
+        default=None, metadata={"help": "--init: the full-precision checkpoint that MODEL was made from"}
+    )
+    calibration: tuple[str, ...] = field(
+        default=(), metadata={"help": "--init: text that weighs the errors (default: a small mix that is packaged)"}
+    )
+    calibration_tokens: int = field(default=32768, metadata={"help": "--init: tokens of calibration text in all"})
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
@@ -96,6 +123,8 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     refuse_existing(out)
     device = training_device(settings.device, settings.threads)
     directory = _directory(str(model), settings)
+    if settings.gguf:
+        family_of(read_config(directory), str(model))
     corpora = [read_corpus(source) for source in settings.data]
     tokenizer = load_tokenizer(directory)
     length = _length(directory, settings.length)
@@ -103,8 +132,10 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     conversations, counts = tokenized(corpora, tokenizer, length)
     parts = held_out(conversations, settings.held_out, settings.seed)
     dtype = computing_dtype(settings.dtype, torch.device(device))
-    base = load_base(directory, dtype, device, settings.quantize)  # type: ignore[arg-type]
-    adapted = new_adapter(base.model, settings, _base_name(str(model), directory))
+    with ExitStack() as stack:
+        errors = None if settings.init == "random" else stack.enter_context(_errors(str(model), out, settings, device))
+        base = load_base(directory, dtype, device, settings.quantize)  # type: ignore[arg-type]
+        adapted = new_adapter(base.model, settings, _base_name(str(model), directory), errors)
     packed = packing_holds(adapted)
     rows, held = (packed_rows(part, length, packed) for part in parts)
     data = _Data(rows, held, counts, packed, tuple({"source": c.source, "sha256": c.sha256} for c in corpora))
@@ -122,13 +153,67 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     return done
 
 
+@contextmanager
+def _errors(model: str, out: Path, settings: LoraSettings, device: str) -> Iterator[Path]:
+    """The adapter of what rounding cost ``model``, beside ``out`` while the block runs."""
+    from accelerate import PartialState
+
+    if PartialState().num_processes > 1:
+        raise InputError(f"--init {settings.init}: is made by one process, not by several; run it without a launcher")
+    with scratch_directory(out) as folder:
+        write_error_adapter(model, base_of(settings), folder, *error_settings(settings, device))
+        yield folder
+
+
+def untrained(model: str, out: Path, settings: LoraSettings) -> ErrorAdapter:
+    """What --steps 0 asks for: the adapter of what rounding cost ``model`` as the new directory ``out``."""
+    check_init(settings)
+    device = choose_device(settings.device, settings.threads)
+    return make_error_adapter(model, base_of(settings), out, *error_settings(settings, device))
+
+
+def base_of(settings: LoraSettings) -> str:
+    """The checkpoint that --base names; `InputError` where it is missing."""
+    if settings.base is None:
+        raise InputError(f"--init {settings.init}: --base is missing, the checkpoint that the model was made from")
+    return settings.base
+
+
+def error_settings(settings: LoraSettings, device: str) -> tuple[ErrorAdapterSettings, Calibration]:
+    """How the adapter of rounding errors is made."""
+    assert settings.init != "random"
+    text = Calibration(settings.calibration, settings.calibration_tokens, seed=settings.seed)
+    return ErrorAdapterSettings(settings.init, settings.rank, device=device), text
+
+
+def check_init(settings: LoraSettings) -> None:
+    """`InputError` for options that do not go with --init, or that only go with it."""
+    plain = LoraSettings()
+    others: tuple[str, ...]
+    if settings.init == "random":
+        others = ("base", "calibration", "calibration_tokens")
+        said = "says what --init qera, eora or loftq begins with"
+    else:
+        base_of(settings)
+        others, said = ("kind", "alpha", "targets", "quantize"), f"does not go with --init {settings.init}"
+    values, defaults = asdict(settings), asdict(plain)
+    for name in others:
+        if values[name] != defaults[name]:
+            raise InputError(f"--{name.replace('_', '-')}: {said}; leave it out")
+
+
 def check_lora(settings: LoraSettings) -> None:
     """`InputError` for settings that can't be followed, whatever the model."""
     load_peft()
     check_training(settings)
     check_adapter(settings)
+    check_init(settings)
     if not settings.data:
         raise InputError("--data is missing: files of chats are right, as in --data chat.jsonl")
+    if settings.gguf and settings.kind == "dora":
+        raise InputError(
+            "--gguf: llama.cpp only adds an adapter's product, and DoRA does more; leave --gguf or --kind out"
+        )
     if settings.quantize is not None and settings.quantize not in ROUNDINGS:
         raise InputError(f"--quantize {settings.quantize}: {' or '.join(ROUNDINGS)} is right")
     if settings.length is not None and settings.length < 8:
@@ -223,16 +308,22 @@ def _write(
         raise OutsideError(
             f"{done.directory}: can't be written ({first_line(error)}); nothing of it was kept"
         ) from None
+    if settings.gguf:
+        write_gguf_lora(read_adapter(folder), _plain_config(directory), folder / GGUF_LORA)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in
     loss_curve(done.trained, folder / PICTURE, f"{settings.kind} of {Path(model).name}, {done.base}")
     write_manifest(folder, _manifest(done, data, settings, directory, model))
+
+
+def _plain_config(directory: Path) -> dict[str, Any]:
+    return {key: value for key, value in read_config(directory).items() if key != "quantization_config"}
 
 
 def _manifest(done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str) -> dict[str, Any]:
     weights = sorted({entry.file for entry in read_index(directory).values()})
     return {
         "llmlite": __version__,
-        "kind": "adapter",
+        "kind": "adapter" if settings.init == "random" else ERROR_ADAPTER,
         "base": {
             "source": model,
             "config_sha256": sha256_of(directory / "config.json"),
