@@ -35,18 +35,26 @@ def run(setup: Setup) -> dict[str, Any]:
 def _in_a_process(setup: Setup, name: str) -> dict[str, Any]:
     facts = setup.work / f"lora-{name}.json"
     if not facts.is_file():
-        settings = [str(setup.base), str(setup.data / TASKS), str(setup.work / f"adapter-{name}"), str(setup.threads)]
+        base = _nf4(setup) if name == "qlora" else setup.base
+        settings = [str(base), str(setup.data / TASKS), str(setup.work / f"adapter-{name}"), str(setup.threads)]
         subprocess.run([sys.executable, "-m", "benchmarks.adaptation.lora", name, *settings, str(facts)], check=True)
     return json.loads(facts.read_text())
 
 
-def _train(name: str, base: str, data: str, out: str, threads: int) -> dict[str, Any]:
+def _nf4(setup: Setup) -> Path:
+    """The base rounded to nearest in nf4. Rounding while loading takes more memory than the training after it."""
+    from llmlite.run.quantize import QuantizeSettings, quantize
+
+    out = setup.work / "lora-nf4"
+    if not out.is_dir():
+        quantize(setup.base, out, QuantizeSettings("bnb:nf4", solver="rtn", threads=setup.threads))
+    return out
+
+
+def _train(base: str, data: str, out: str, threads: int) -> dict[str, Any]:
     from llmlite.run.lora import LoraSettings, lora
 
-    settings = LoraSettings(
-        data=(data,), steps=STEPS, held_out=HELD, quantize="bnb:nf4" if name == "qlora" else None, checkpointing="on",
-        threads=threads, resume=True,
-    )  # fmt: skip
+    settings = LoraSettings(data=(data,), steps=STEPS, held_out=HELD, checkpointing="on", threads=threads, resume=True)
     done = lora(base, out, settings)
     return {"before": done.trained.before, "after": done.trained.after, "seconds": done.trained.seconds,
             "best_step": done.trained.best_step, "parameters": done.parameters}  # fmt: skip
@@ -62,6 +70,7 @@ def _train_whole(base: str, data: str, out: str, threads: int) -> dict[str, Any]
     from llmlite.adapt.training import TrainSettings, train
     from llmlite.calibrate.corpus import read_corpus
     from llmlite.evals.hf import load_tokenizer
+    from llmlite.memory import give_freed_memory_back, keep_heap_small
 
     class Whole(torch.nn.Module):
         """A model in the place of an adapted one: all of it is trained."""
@@ -74,10 +83,12 @@ def _train_whole(base: str, data: str, out: str, threads: int) -> dict[str, Any]
             return self.model
 
     torch.set_num_threads(threads)
+    keep_heap_small()
     conversations, _ = tokenized([read_corpus(data)], load_tokenizer(Path(base)), 1024)
     rows = packed_rows(conversations, 1024, True)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
+    give_freed_memory_back()
     Path(out).mkdir(exist_ok=True)
     settings = TrainSettings(steps=2, batch_rows=1, rate=1e-5, judge_every=2, save_every=2)
     trained = train(AdapterTask(Whole(model), rows, rows[:1]), settings, Path(out), "full fine-tuning")
@@ -95,8 +106,7 @@ def peak_mib() -> float:
 
 def main(name: str, base: str, data: str, out: str, threads: str, facts: str) -> None:
     """Train in this process, and write what came of it."""
-    made = _train_whole if name == "full" else lambda *given: _train(name, *given)
-    found = made(base, data, out, int(threads))
+    found = (_train_whole if name == "full" else _train)(base, data, out, int(threads))
     Path(facts).write_text(json.dumps({"name": name, **found, "peak_mib": peak_mib()}))
 
 

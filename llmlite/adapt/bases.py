@@ -21,6 +21,7 @@ from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.extras import need
 from llmlite.formats.reading import packed_format
+from llmlite.memory import give_freed_memory_back
 
 OnTheFly = Literal["bnb:nf4", "bnb:int8"]
 METHODS = ("bitsandbytes", "gptq", "compressed-tensors")
@@ -69,6 +70,7 @@ def load_base(directory: Path, dtype: torch.dtype, device: str, on_the_fly: OnTh
         raise InputError(f"{directory}: can't be loaded to be trained on ({first_line(error)})") from None
     model.requires_grad_(False)
     model.config.use_cache = False
+    give_freed_memory_back()
     return Base(model.train(), kept, notes)
 
 

@@ -37,6 +37,7 @@ from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.evals.hf import load_tokenizer
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
+from llmlite.memory import keep_heap_small
 from llmlite.progress import console
 from llmlite.run.dense import ERROR_ADAPTER
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
@@ -120,6 +121,7 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     """
     out = Path(out)
     check_lora(settings)
+    keep_heap_small()
     refuse_existing(out)
     device = training_device(settings.device, settings.threads)
     directory = _directory(str(model), settings)
