@@ -23,7 +23,8 @@ OPENAI: dict[str, Any] = {
 }  # fmt: skip
 ASKED: list[Any] = [{"role": "user", "content": "Name a city and a country."}]
 PLACE: dict[str, Any] = {
-    "type": "object", "properties": {"city": {"enum": ["Paris", "Oslo"]}, "days": {"enum": [1, 2, 3, 4, 5, 6, 7, 8, 9]}},
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Oslo"]}, "days": {"enum": [1, 2, 3, 4, 5, 6, 7, 8, 9]}},
     "required": ["city", "days"], "additionalProperties": False,
 }  # fmt: skip
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": PLACE, "strict": True}}
