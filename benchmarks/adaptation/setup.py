@@ -85,7 +85,7 @@ def tokens_per_second(file: Path, lora: Path, threads: int, rounds: int = 7) -> 
         engines[name] = Llama(file, LlamaSettings(LENGTH + 64, threads=threads))
         if adapter is not None:
             engines[name].use_lora(adapter)
-    prompt = np.arange(100, 100 + LENGTH)
+    prompt = np.arange(LENGTH) % engines["plain"].known_tokens()
     spent: dict[str, list[float]] = {}
     for turn in range(rounds + 1):
         for name, llama in engines.items():

@@ -93,9 +93,7 @@ def test_loftq_is_the_plain_truncation_of_each_error(base, artifact, tmp_path):
         assert torch.allclose(pair.applied(weight), weight + b @ a, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_of_a_gguf_artifact_llama_cpp_computes_the_same(tmp_path, family, held_out):
-    base = save_tiny(tmp_path / "base", family)
+def test_of_a_gguf_artifact_llama_cpp_computes_the_same(base, tmp_path, held_out):
     quantize(base, tmp_path / "q4", QuantizeSettings("gguf:q4_0", solver="rtn"))
     make_error_adapter(str(tmp_path / "q4"), str(base), tmp_path / "out", QERA, TEXT)
     rounded = dequantized_gguf(open_checkpoint(base), tmp_path / "q4" / "model.gguf")

@@ -17,7 +17,7 @@ from tests.gguf_models import save_tiny as save_real
 from tests.tiny import save_tiny
 
 IDS = torch.arange(3, 60)[None]
-READ = ["compressed-tensors:w4a16g32", "compressed-tensors:w8a16", "bnb:nf4", "bnb:int8", "compressed-tensors:w8a8"]
+READ = ["compressed-tensors:w4a16g32", "bnb:nf4", "bnb:int8", "compressed-tensors:w8a8"]
 
 
 @pytest.fixture(scope="module")

@@ -67,8 +67,9 @@ def peft_logits(base: Path, adapter: Path) -> np.ndarray:
         return adapted(base, adapter)(torch.tensor([PROMPT])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("name", "settings"), [*(("llama", settings) for settings in SETTINGS), ("qwen3", "plain"), ("qwen3", "patterns")]
+)
 def test_llama_cpp_computes_what_peft_computes(bases, tmp_path, name, settings):
     base = bases(name)
     adapter = save_adapter(base, tmp_path / "adapter", **SETTINGS[settings])
