@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -147,6 +147,17 @@ class BitsAndBytes:
         pairs = codes.reshape(-1, 2)
         shape = (codes.shape[0], codes.shape[1])
         return self._nf4_tensors(module, shape, (pairs[:, :1] << 4) | pairs[:, 1:], stored)
+
+    def unpack(self, module: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight a reader computes with, float32 [out, in]: multiplied out by the library, in the model's dtype."""
+        stored = tensors[f"{module}.weight"]
+        if self.kind == "int8":
+            return stored.float() * tensors[f"{module}.SCB"].float()[:, None] / 127
+        functional = need("bnb", "bitsandbytes.functional")
+        whole = f"{module}.weight."
+        parts = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        return functional.dequantize_4bit(stored, state).float()
 
     def config(self, ignored: Sequence[str]) -> dict[str, object]:
         """The ``quantization_config`` of config.json.
