@@ -10,7 +10,7 @@ import asyncio
 import json
 import math
 import os
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 import openai
@@ -23,7 +23,8 @@ OPENAI: dict[str, Any] = {
 }  # fmt: skip
 ASKED: list[Any] = [{"role": "user", "content": "Name a city and a country."}]
 PLACE: dict[str, Any] = {
-    "type": "object", "properties": {"city": {"enum": ["Paris", "Oslo"]}, "days": {"type": "integer", "maximum": 9}},
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Oslo"]}, "days": {"enum": [1, 2, 3, 4, 5, 6, 7, 8, 9]}},
     "required": ["city", "days"], "additionalProperties": False,
 }  # fmt: skip
 TOOL: Any = {"type": "function", "function": {"name": "weather", "parameters": PLACE, "strict": True}}
@@ -31,8 +32,10 @@ COMMON: dict[str, Any] = {"model": "model", "temperature": 0.0, "seed": 1, "max_
 
 
 class Place(BaseModel):
-    city: str
-    days: int
+    """Short by its schema: a small model would not end a free text."""
+
+    city: Literal["Paris", "Oslo"]
+    days: Literal[1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 @pytest.fixture(scope="module")
