@@ -34,20 +34,20 @@ def text(tmp_path_factory) -> Path:
 
 
 def settings(base: Path, text: Path, **changes) -> DistillSettings:
-    wanted = {"layers": 4, "steps": 8, "rate": 1e-2, "judge_every": 4, "save_every": 2, "patience": 0, "threads": 1}
+    wanted = {"layers": 4, "steps": 8, "rate": 3e-3, "judge_every": 4, "save_every": 2, "patience": 0, "threads": 1}
     more = {"data_tokens": 768, "row_length": 24, "dtype": "float32", "device": "cpu"}
     return DistillSettings(teacher=str(base), data=(str(text),), **{**wanted, **more, **changes})
 
 
 def test_a_student_comes_nearer_and_is_a_checkpoint_like_any_other(base, text, tmp_path):
-    done = distill(tmp_path / "out", settings(base, text))
+    done = distill(tmp_path / "out", settings(base, text, steps=24))
     assert done.after.kl < 0.9 * done.before.kl
     assert {file.name for file in (tmp_path / "out").iterdir()} == FILES and len(list(tmp_path.iterdir())) == 1
     student = open_checkpoint(tmp_path / "out")
     assert student.num_layers == 4 and student.dtype == torch.bfloat16
     manifest = json.loads((tmp_path / "out" / "llmlite.json").read_text())
-    assert len(manifest["made"]["dropped"]) == 2 and manifest["teacher_logits"] == "live"
-    assert manifest["held_out"]["after"]["kl"] == done.after.kl and len(manifest["training"]["losses"]) == 8
+    assert len(manifest["made"]["dropped"]) == 2 and manifest["teacher_logits"] == "disk"  # 24 steps use rows again
+    assert manifest["held_out"]["after"]["kl"] == done.after.kl and len(manifest["training"]["losses"]) == 24
     ids = torch.tensor([tiny_tokenizer()("the cat sat on the mat and").input_ids])
     with torch.no_grad():
         models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (base, tmp_path / "out")]
