@@ -15,14 +15,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adaptation import error_adapters, gguf_lora, lora, merge
+from benchmarks.adaptation import distill, error_adapters, gguf_lora, lora, merge
 from benchmarks.adaptation.setup import Setup
 
 BENCHMARKS = {
+    "distill": distill.run,
     "error_adapters": error_adapters.run,
     "gguf_lora": gguf_lora.run,
     "lora": lora.run,
     "merge": merge.run,
+    "shrink": distill.shrink,
+    "teacher_logits": distill.teacher_logits,
 }
 
 
