@@ -54,7 +54,7 @@ class QuantizeSettings:
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
     repair: bool = field(
         default=False,
-        metadata={"help": "gguf: then train norms, scales and minimums on the base's predictions, at the same bytes"},
+        metadata={"help": "then train norms, scales and minimums on the base's predictions, at the same bytes"},
     )
     repair_steps: int = field(default=64, metadata={"help": "repair: steps of training at most"})
     imatrix: str | None = field(
