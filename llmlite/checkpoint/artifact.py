@@ -16,6 +16,7 @@ from llmlite.errors import InputError, OutsideError
 
 MANIFEST = "llmlite.json"
 JOURNAL = ".journal.json"  # in a partial directory that another run can go on with
+TRAINING = ".training-"  # begins the names of files that a trainer goes on from; they are in no finished artifact
 GGUF_FILE = "model.gguf"  # the weights of a GGUF artifact
 DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SPARE_BYTES = 16 * 2**20  # for configs, tokenizer and the file system's own needs
@@ -36,7 +37,8 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
         try:
             yield partial
             _flush(partial)
-            (partial / JOURNAL).unlink(missing_ok=True)
+            for file in [partial / JOURNAL, *partial.glob(f"{TRAINING}*")]:
+                file.unlink(missing_ok=True)
             partial.rename(out)  # an empty directory in its place is replaced
             _flush_directory(out.parent)
         except OSError as error:
