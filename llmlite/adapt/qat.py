@@ -30,24 +30,25 @@ from llmlite.formats.gguf import types as gguf
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
 
 EXPERIMENTAL = "2 bits by training through the rounding are experimental: measure before use"
-BEGIN = 0.5  # how far codes begin from their own values towards the weights that were rounded
+BEGIN = 1.0  # how far codes begin from their own values towards the weights that were rounded
 SMALLEST_SLOPE = 1e-12  # one code's share of the slope is far below Adam's default
 KEPT = 0.3  # share of the free memory that activations may take; beyond it they are computed twice
 
 
 @dataclass(frozen=True)
 class QatSettings(TrainSettings):
-    """How to train codes; ``rate`` is in codes per step, those of scales and norms are relative changes, a multiple of it.
+    """How to train codes.
 
-    ``top``: likeliest tokens of the base that are kept; ``held_rows``: rows that judge, at most.
+    ``rate`` is in codes per step; ``scale_rate`` and ``norm_rate``, multiples of it, are relative changes. ``top``:
+    likeliest tokens of the base that are kept; ``held_rows``: rows that judge, at most.
     """
 
     steps: int = field(default=64, metadata={"help": "steps of the optimizer"})
-    rate: float = field(default=0.02, metadata={"help": "how far a code may move in a step, at its highest"})
+    rate: float = field(default=0.015, metadata={"help": "how far a code may move in a step, at its highest"})
     judge_every: int = field(default=16, metadata={"help": "steps between two looks at the held-out rows"})
     save_every: int = field(default=16, metadata={"help": "steps after which the state for --resume is written"})
-    scale_rate: float = 0.05
-    norm_rate: float = 0.05
+    scale_rate: float = 0.07
+    norm_rate: float = 0.07
     top: int = 256
     held_rows: int = 8
 
@@ -120,7 +121,7 @@ def qat(
     """
     dtype = computing_dtype(settings.dtype, torch.device(device))
     held = held_rows(len(ids), settings.held_rows)
-    teacher = teach(checkpoint, ids, folder, settings.top, device)
+    teacher = teach(checkpoint, ids, folder, settings.top, device, dtype=dtype)
     try:
         batch = settings.batch_rows * ids.shape[1]
         codes = TrainedCodes(BEGIN, dtype)
@@ -154,7 +155,7 @@ def _activations_fit(checkpoint: Checkpoint, tokens: int) -> bool:
 class QatTask:
     """What `train` trains: every real number of the artifact, and its codes.
 
-    ``ids`` int64 [rows, length] is the text and ``teacher`` what the base predicts on it; ``held``: the rows that judge.
+    ``ids`` int64 [rows, length] is the text, ``teacher`` what the base predicts on it; ``held``: the rows that judge.
     """
 
     def __init__(self, student: Student, ids: np.ndarray, teacher: Teacher, held: Sequence[int], settings: QatSettings):

@@ -1,8 +1,9 @@
 """Tune what is real in an artifact of rounded weights on the base's predictions, at the same bytes and types.
 
 Codes, whole-number scales, embedding and head stay; norms, biases, scales and minimums are trained with Adam on
-KL(base || artifact), as the second phase of EfficientQAT (Chen et al. 2024, section 3.3) trains step sizes. Rows that are
-not trained on judge: the artifact stays as it was unless they say that the new one, rounded and read back, is nearer.
+KL(base || artifact), as the second phase of EfficientQAT (Chen et al. 2024, section 3.3) trains step sizes. Rows that
+are not trained on judge: the artifact stays as it was unless they say that the new one, rounded and read back, is
+nearer.
 """
 
 from __future__ import annotations
