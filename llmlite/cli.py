@@ -44,8 +44,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for add in (
-        _add_import, _add_quantize, _add_imatrix, _add_eval, _add_compare, _add_gate, _add_report, _add_serve, _add_key,
-        _add_chat,
+        _add_import, _add_quantize, _add_imatrix, _add_eval, _add_compare, _add_gate, _add_report, _add_distill,
+        _add_serve, _add_key, _add_chat,
     ):  # fmt: skip
         add(verbs)
     return parser
@@ -241,6 +241,25 @@ def _report(given: argparse.Namespace) -> int:
     _write_json(report.to_json(), given.json)
     if given.json != "-":
         print("\n".join(report.written) or "nothing to write: name a page with -o, --markdown or --model-card")
+    return 0
+
+
+def _add_distill(verbs: Any) -> None:
+    from llmlite.run.distill import DistillSettings
+
+    text = "make a smaller student, and train it on its teacher's predictions"
+    parser = _verb(verbs, "distill", _distill, text, DistillSettings)
+    _out(parser)
+    _json(parser)
+
+
+def _distill(given: argparse.Namespace) -> int:
+    from llmlite.run.distill import DistillSettings, distill
+
+    done = distill(given.out, settings_from(DistillSettings, given, given.recipe))
+    _write_json(done.to_json(), given.json)
+    if given.json != "-":
+        print(done)
     return 0
 
 

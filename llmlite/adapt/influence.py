@@ -1,8 +1,8 @@
 """How much each decoder layer does: block influence, and what leaving out that layer alone costs.
 
 Block influence is ShortGPT's (Men et al. 2024, section 3.1): one minus the cosine between what enters a layer and what
-leaves it. It overlooks layers that change little and that all later ones need, so each layer is also left out by itself,
-and the divergence from the whole network is measured.
+leaves it. It overlooks layers that change little and that all later ones need, so each layer is also left out by
+itself, and the divergence from the whole network is measured.
 """
 
 from __future__ import annotations

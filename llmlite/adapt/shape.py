@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from math import gcd, prod
 from typing import Any
 
-import torch
-
 from llmlite.adapt.influence import check_layers, droppable
 from llmlite.checkpoint.checkpoint import Checkpoint, expected_shapes
 from llmlite.checkpoint.families import LAYER
@@ -89,9 +87,9 @@ def _shape_for_share(checkpoint: Checkpoint, whole: Shape, share: float) -> Shap
             return shape
     smallest = parameters(checkpoint, shapes[-1]) / parameters(checkpoint, whole) if shapes else 1.0
     raise InputError(
-        f"--shrink {share}: with two thirds of the FFN channels and the layers that must stay, {checkpoint.source} keeps "
-        f"{smallest:.2f} of its parameters, the embedding among them; more than that is right, or counts of your own "
-        "with --layers, --ffn and --kv-heads"
+        f"--shrink {share}: with two thirds of the FFN channels and the layers that must stay, {checkpoint.source} "
+        f"keeps {smallest:.2f} of its parameters, the embedding among them; more than that is right, or counts of your "
+        "own with --layers, --ffn and --kv-heads"
     )
 
 

@@ -164,8 +164,8 @@ def _run(stream: LayerStream, layer: int, hidden: Activations, batch: int) -> tu
     for name, total in zip((DOWN, OUTPUT), sums, strict=True):
         if not total.finite:
             raise InputError(
-                f"{stream.checkpoint.source}: the inputs of {LAYER}{layer}.{name} are not all finite on the calibration "
-                "text; weights with which the model computes are right"
+                f"{stream.checkpoint.source}: the inputs of {LAYER}{layer}.{name} are not all finite on the text; "
+                "weights with which the model computes are right"
             )
         weight = stream.checkpoint.read(f"{LAYER}{layer}.{name}").to(stream.device, torch.float32)
         found.append(Part(weight, total.moments()))

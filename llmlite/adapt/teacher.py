@@ -26,14 +26,15 @@ LOGIT_ROWS = 128  # positions whose logits over the vocabulary are held at a tim
 
 class Teacher:
     """The base's predictions on disk: for each row int32 [length, top] token ids and float32 [length, top + 1] log-
-    probabilities, that of all other tokens together last.
+    probabilities, that of all other tokens together last. ``reopen``: those that an earlier run has written.
     """
 
-    def __init__(self, folder: Path, rows: int, length: int, top: int):
+    def __init__(self, folder: Path, rows: int, length: int, top: int, *, reopen: bool = False):
         self.rows, self._shape = rows, (length, top)
         self._ids, self._logs = folder / ".teacher-ids", folder / ".teacher-logs"
-        self._ids.write_bytes(b"")
-        self._logs.write_bytes(b"")
+        if not reopen:
+            self._ids.write_bytes(b"")
+            self._logs.write_bytes(b"")
 
     def add(self, ids: torch.Tensor, logs: torch.Tensor) -> None:
         """Append positions: token ids [n, top] and log-probabilities [n, top + 1]."""
