@@ -254,9 +254,9 @@ def _add_distill(verbs: Any) -> None:
 
 
 def _distill(given: argparse.Namespace) -> int:
-    from llmlite.run.distill import DistillSettings, distill
+    from llmlite.run.distilling import run_distill
 
-    done = distill(given.out, settings_from(DistillSettings, given, given.recipe))
+    done = run_distill(given)
     _write_json(done.to_json(), given.json)
     if given.json != "-":
         print(done)

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from accelerate import PartialState
 
-from llmlite.adapt.stored import Stored, put_in_place, refusal, rewritten
+from llmlite.adapt.stored import Stored, refusal
 from llmlite.adapt.student import Student, TrainedCodes
-from llmlite.adapt.teacher import LOGIT_ROWS, Teacher, divergence, logits_of, teach
+from llmlite.adapt.targets import keep_on_disk
+from llmlite.adapt.teacher import LOGIT_ROWS, Teacher, divergence, logits_of
 from llmlite.adapt.training import Trained, TrainSettings, check_training, computing_dtype, train
 from llmlite.calibrate.moments import HELD_EVERY
 from llmlite.checkpoint.checkpoint import Checkpoint
@@ -32,6 +34,7 @@ from llmlite.plan.types import GgufTypes, SafetensorsTypes
 EXPERIMENTAL = "2 bits by training through the rounding are experimental: measure before use"
 BEGIN = 1.0  # how far codes begin from their own values towards the weights that were rounded
 SMALLEST_SLOPE = 1e-12  # one code's share of the slope is far below Adam's default
+TAUGHT = "taught"  # the folder of the base's predictions
 KEPT = 0.3  # share of the free memory that activations may take; beyond it they are computed twice
 
 
@@ -39,8 +42,8 @@ KEPT = 0.3  # share of the free memory that activations may take; beyond it they
 class QatSettings(TrainSettings):
     """How to train codes.
 
-    ``rate`` is in codes per step; ``scale_rate`` and ``norm_rate``, multiples of it, are relative changes. ``top``:
-    likeliest tokens of the base that are kept; ``held_rows``: rows that judge, at most.
+    ``rate`` is in codes per step; ``scale_rate`` and ``norm_rate``, multiples of it, are relative changes.
+    ``held_rows``: rows that judge, at most.
     """
 
     steps: int = field(default=64, metadata={"help": "steps of the optimizer"})
@@ -49,7 +52,6 @@ class QatSettings(TrainSettings):
     save_every: int = field(default=16, metadata={"help": "steps after which the state for --resume is written"})
     scale_rate: float = 0.07
     norm_rate: float = 0.07
-    top: int = 256
     held_rows: int = 8
 
 
@@ -113,28 +115,22 @@ def memory_needed(checkpoint: Checkpoint) -> int:
 def qat(
     checkpoint: Checkpoint, stored: Stored, ids: np.ndarray, settings: QatSettings, folder: Path, device: str = "cpu"
 ) -> Trained:
-    """Train ``stored``, the weights of an artifact of ``checkpoint``, in place, on text ``ids`` int64 [rows, length].
+    """Train ``stored``, the weights of an artifact of ``checkpoint``, on text ``ids`` int64 [rows, length].
 
-    In ``folder`` the base's predictions and the training's state are kept; one that is found there is gone on with.
-    The files are replaced, each in one step, where held-out rows say that the new ones are nearer to the base.
-    ``seconds`` are those of the training, without the base's predictions. Raises as `train` does.
+    Where held-out rows say that the result is nearer to the base (``best_step`` above 0), it lies beside the old files,
+    `rewritten` of each, for `put_in_place`. In ``folder`` the base's predictions and the training's state are kept, and
+    what an earlier run left there is gone on with; the stored files must be those that it began with. ``seconds`` are
+    those of the training, without the base's predictions. Raises as `train` does.
     """
     dtype = computing_dtype(settings.dtype, torch.device(device))
-    held = held_rows(len(ids), settings.held_rows)
-    teacher = teach(checkpoint, ids, folder, settings.top, device, dtype=dtype)
-    try:
-        batch = settings.batch_rows * ids.shape[1]
-        codes = TrainedCodes(BEGIN, dtype)
-        student = Student(checkpoint, stored, device, codes, recompute=not _activations_fit(checkpoint, batch))
-        trained = train(QatTask(student, ids, teacher, held, settings), settings, folder, "training codes")
-        if trained.best_step:
-            stored.rewrite(student.values())
-            put_in_place(stored)
-        return trained
-    finally:
-        for file in stored.files:
-            rewritten(file).unlink(missing_ok=True)
-        teacher.remove()
+    teacher = keep_on_disk(checkpoint, ids, folder / TAUGHT, device, dtype)
+    recompute = not _activations_fit(checkpoint, settings.batch_rows * ids.shape[1])
+    student = Student(checkpoint, stored, device, TrainedCodes(BEGIN, dtype), recompute)
+    task = QatTask(student, ids, teacher, held_rows(len(ids), settings.held_rows), settings)
+    trained = train(task, settings, folder, "training codes")
+    if trained.best_step and PartialState().is_main_process:
+        stored.rewrite(student.values())
+    return trained
 
 
 def held_rows(rows: int, most: int) -> list[int]:

@@ -21,6 +21,7 @@ from llmlite.checkpoint.artifact import GGUF_FILE
 from llmlite.checkpoint.checkpoint import Checkpoint, expected_shapes
 from llmlite.checkpoint.gguf_header import GgufTensor, read_gguf
 from llmlite.checkpoint.safetensors_index import NAMES, TensorEntry, read_index
+from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import BitsAndBytes
 from llmlite.formats.gguf import types as gguf
@@ -193,8 +194,7 @@ def open_safetensors(checkpoint: Checkpoint, directory: Path, types: Safetensors
     for name, kind in types.assign(checkpoint).types.items():
         shape = checkpoint.tensors[name].shape
         layout = types.layout(name.removesuffix(".weight"), kind, shape) if kind == types.linear else None
-        for part, spec in (layout or {name: (types.dtype, shape)}).items():
-            dtype, wanted = spec
+        for part, (dtype, wanted) in (layout or {name: TensorSpec(types.dtype, shape)}).items():
             if part not in entries or (entries[part].dtype, entries[part].shape) != (dtype, tuple(wanted)):
                 raise InputError(
                     f"{directory}: has no tensor {part!r} of {NAMES[dtype]} {list(wanted)}: not made from "

@@ -1,5 +1,4 @@
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,7 +108,6 @@ def test_repair_is_a_step_of_quantize(tmp_path):
     )  # fmt: skip
     done = quantize(base, tmp_path / "out", settings)
     assert done.repaired is not None and done.repaired.after <= done.repaired.before
-    assert AutoModelForCausalLM.from_pretrained  # the artifact's config is quantize's own
     checkpoint = open_checkpoint(base)
     stored = stored_of(checkpoint, tmp_path / "out", "gptq:w3g32")
     assert torch.isfinite(Student(checkpoint, stored).hidden(HELD)).all()
@@ -127,7 +125,7 @@ def test_gemmas_gains_are_changed_as_what_they_multiply_with(tmp_path):
 
 def test_weights_of_another_model_or_type_are_refused(tmp_path):
     checkpoint, out, _ = made(tmp_path, "gptq:w3g32")
-    with pytest.raises(InputError, match="has no tensor 'model.layers.0.self_attn.q_proj.qweight' of I32"):
+    with pytest.raises(InputError, match=r"has no tensor 'model\.layers\.0\.self_attn\.q_proj\.qweight' of I32"):
         stored_of(checkpoint, out, "gptq:w4g32")
     other = open_checkpoint(save_tiny(tmp_path / "other", hidden_size=128))
     with pytest.raises(InputError, match="not made from"):
@@ -135,21 +133,18 @@ def test_weights_of_another_model_or_type_are_refused(tmp_path):
 
 
 def test_scales_that_grow_out_of_their_dtype_are_not_written(tmp_path):
-    checkpoint, out, stored = made(tmp_path, "gptq:w3g32")
+    checkpoint, _, stored = made(tmp_path, "gptq:w3g32")
     student = Student(checkpoint, stored)
     with torch.no_grad():
         next(iter(student.factor_changes().values())).fill_(1e9)
-    with pytest.raises(ValueError, match="not finite in torch.float16"):
+    with pytest.raises(ValueError, match="not finite in"):
         student.values()
 
 
-def test_every_shard_is_put_in_place(tmp_path):
-    checkpoint, out, stored = made(tmp_path, "compressed-tensors:w8a16")
-    whole = out / "model.safetensors"
-    name = "model.norm.weight"
-    value = stored.read(name) * 2
-    stored.rewrite({name: value})
+def test_what_was_written_again_is_put_in_place(tmp_path):
+    _, out, stored = made(tmp_path, "compressed-tensors:w8a16")
+    value = stored.read("model.norm.weight") * 2
+    stored.rewrite({"model.norm.weight": value})
     put_in_place(stored)
-    assert torch.equal(read_index(out)[name].read(), value)
-    assert not rewritten(whole).exists()
-    assert replace(SHORT) == SHORT
+    assert torch.equal(read_index(out)["model.norm.weight"].read(), value)
+    assert not rewritten(out / "model.safetensors").exists()
