@@ -44,8 +44,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for add in (
-        _add_import, _add_quantize, _add_imatrix, _add_eval, _add_compare, _add_gate, _add_report, _add_distill,
-        _add_serve, _add_key, _add_chat,
+        _add_import, _add_quantize, _add_imatrix, _add_lora, _add_merge, _add_distill, _add_eval, _add_compare,
+        _add_gate, _add_report, _add_serve, _add_key, _add_chat,
     ):  # fmt: skip
         add(verbs)
     return parser
@@ -137,6 +137,28 @@ def _imatrix(given: argparse.Namespace) -> int:
     done = measure_imatrix(given.model, given.out, settings_from(ImatrixSettings, given, given.recipe))
     tokens = done.chunk_count * done.chunk_size
     print(f"{given.out}: mean squared inputs of {len(done.sums)} linear layers over {tokens:,} tokens")
+    return 0
+
+
+def _add_merge(verbs: Any) -> None:
+    from llmlite.run.merge import MergeSettings
+
+    text = "merge a LoRA adapter into its base, at 16 bits or rounded again"
+    parser = _verb(verbs, "merge", _merge, text, MergeSettings)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, an artifact, a GGUF file or a hub id")
+    parser.add_argument("adapter", metavar="ADAPTER", help="the directory of an adapter saved by peft")
+    _out(parser)
+    _json(parser)
+
+
+def _merge(given: argparse.Namespace) -> int:
+    from llmlite.run.merge import MergeSettings, merge
+
+    done = merge(given.model, given.adapter, given.out, settings_from(MergeSettings, given, given.recipe))
+    facts = done.to_json()
+    _write_json(facts, given.json)
+    if given.json != "-":
+        print(f"{given.out}: {facts['format']}, {facts['bytes'] / 1e6:,.1f} MB, {done.changed} weights merged")
     return 0
 
 
@@ -260,6 +282,33 @@ def _distill(given: argparse.Namespace) -> int:
     _write_json(done.to_json(), given.json)
     if given.json != "-":
         print(done)
+    return 0
+
+
+def _add_lora(verbs: Any) -> None:
+    from llmlite.run.lora import LoraSettings
+
+    parser = _verb(verbs, "lora", _lora, "train an adapter of a model on chats", LoraSettings)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id, 16 bits or quantized")
+    _out(parser)
+    _json(parser)
+
+
+def _lora(given: argparse.Namespace) -> int:
+    from llmlite.run.error_adapters import made_facts, made_sentence
+    from llmlite.run.lora import LoraSettings, adapted_facts, adapted_sentence, lora, untrained
+
+    settings = settings_from(LoraSettings, given, given.recipe)
+    if settings.init != "random" and settings.steps == 0:
+        made = untrained(given.model, given.out, settings)
+        _write_json(made_facts(given.out, made), given.json)
+        if given.json != "-":
+            print(made_sentence(given.out, made))
+        return 0
+    done = lora(given.model, given.out, settings)
+    _write_json(adapted_facts(done), given.json)
+    if given.json != "-":
+        print(adapted_sentence(done))
     return 0
 
 

@@ -160,6 +160,17 @@ class BitsAndBytes:
             scales = tensors[f"{module}.weight.nested_quant_map"][scales.long()] * nested + offset
         return Rounded(self.grid, codes, Ranges(scales.view(shape[0], -1)))
 
+    def unpack(self, module: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight a reader computes with, float32 [out, in]: multiplied out by the library, in the model's dtype."""
+        stored = tensors[f"{module}.weight"]
+        if self.kind == "int8":
+            return stored.float() * tensors[f"{module}.SCB"].float()[:, None] / 127
+        functional = need("bnb", "bitsandbytes.functional")
+        whole = f"{module}.weight."
+        parts = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        return functional.dequantize_4bit(stored, state).float()
+
     def config(self, ignored: Sequence[str]) -> dict[str, object]:
         """The ``quantization_config`` of config.json.
 

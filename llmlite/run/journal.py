@@ -87,7 +87,7 @@ def _base(checkpoint: Checkpoint) -> dict[str, Any]:
     if checkpoint.source.endswith(".gguf"):
         files = [Path(checkpoint.source)]
     else:
-        files = sorted({entry.file for entry in checkpoint.tensors.values()})
+        files = sorted({file for entry in checkpoint.tensors.values() for file in entry.files})
     weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return {"source": checkpoint.source, "config.json": sha256_of(checkpoint.directory / "config.json"), **weights}
 

@@ -28,7 +28,7 @@ from llmlite.plan.plan import make_plan, stored_dtype
 from llmlite.plan.target import Target, parse_target
 from llmlite.plan.types import GgufTypes, SafetensorsTypes, type_table
 from llmlite.progress import console
-from llmlite.run.quantize import QuantizeSettings, quantize
+from llmlite.run.quantize import QuantizeSettings, quantize_checkpoint
 from llmlite.run.text import calibration_rows, check_row_length, opened
 from llmlite.run.training import describe_model, training_device, training_directory
 
@@ -201,7 +201,7 @@ def _begin(start: Path, job: _Job, settings: TrainCodesSettings) -> None:
         to=settings.to, calibration=settings.data, row_length=settings.row_length, seed=settings.seed,
         device=job.device, threads=settings.threads, revision=settings.revision, resume=settings.resume,
     )  # fmt: skip
-    quantize(settings.teacher, start, rounding)
+    quantize_checkpoint(job.teacher, start, rounding, job.device)
 
 
 def _bytes(directory: Path) -> int:
