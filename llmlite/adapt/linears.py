@@ -16,7 +16,7 @@ from torch.nn import Parameter
 from llmlite.quantize.grid import inverse, steps_of
 from llmlite.quantize.types import Grid, Ranges, Rounded
 
-EDGE = 0.499  # how far from a code's own value what is rounded to it may begin
+EDGE = 0.48  # how far from a code's own value a latent may begin: at 0.5 it would be rounded to the next one
 
 
 def factors_of(rounded: Rounded) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -128,9 +128,9 @@ class TrainedLinear(RoundedLinear):
     low: torch.Tensor
     high: torch.Tensor
 
-    def __init__(self, rounded: Rounded, weight: torch.Tensor | None, share: float, dtype: torch.dtype):
-        """``weight`` [out, in]: what was rounded. The latent begins ``share`` of the way from the code's own value to
-        it, as far as that is rounded to the same code.
+    def __init__(self, rounded: Rounded, weight: torch.Tensor, dtype: torch.dtype):
+        """``weight`` [out, in]: what was rounded. The latent begins there, or as near as is rounded to the code that
+        it got, so that a code is left the sooner the worse it fits.
         """
         super().__init__(rounded)
         if rounded.grid.codebook is not None:
@@ -139,14 +139,12 @@ class TrainedLinear(RoundedLinear):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
         self.dtype, self._weight = dtype, torch.empty(0)
-        latent = self.steps.float()
-        if weight is not None and share:
-            with torch.no_grad():
-                scale, offset = self.ranges()
-            groups = self.ordered(weight.float()).view(*scale.shape, -1)
-            wanted = (groups if offset is None else groups - offset.unsqueeze(-1)) * inverse(scale).unsqueeze(-1)
-            latent += (wanted.view_as(latent) - latent).mul_(share).clamp_(-EDGE, EDGE)
-        self.latent = Parameter(latent)
+        with torch.no_grad():
+            scale, offset = self.ranges()
+        groups = self.ordered(weight.float()).view(*scale.shape, -1)
+        wanted = (groups if offset is None else groups - offset.unsqueeze(-1)) * inverse(scale).unsqueeze(-1)
+        begin = self.steps.float()
+        self.latent = Parameter(begin + (wanted.view_as(begin) - begin).clamp_(-EDGE, EDGE))
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The factors as the file will keep them; their slopes are those of the numbers before they are rounded."""

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 
 from llmlite.adapt.stored import Stored, refusal
-from llmlite.adapt.student import Student, TrainedCodes
+from llmlite.adapt.student import Student
 from llmlite.adapt.targets import keep_on_disk
 from llmlite.adapt.teacher import LOGIT_ROWS, Teacher, divergence, logits_of
 from llmlite.adapt.training import Trained, TrainSettings, check_training, computing_dtype, train
@@ -32,7 +32,6 @@ from llmlite.formats.gguf import types as gguf
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
 
 EXPERIMENTAL = "2 bits by training through the rounding are experimental: measure before use"
-BEGIN = 1.0  # how far codes begin from their own values towards the weights that were rounded
 SMALLEST_SLOPE = 1e-12  # one code's share of the slope is far below Adam's default
 TAUGHT = "taught"  # the folder of the base's predictions
 KEPT = 0.3  # share of the free memory that activations may take; beyond it they are computed twice
@@ -47,11 +46,11 @@ class QatSettings(TrainSettings):
     """
 
     steps: int = field(default=64, metadata={"help": "steps of the optimizer"})
-    rate: float = field(default=0.015, metadata={"help": "how far a code may move in a step, at its highest"})
+    rate: float = field(default=0.01, metadata={"help": "how far a code may move in a step, at its highest"})
     judge_every: int = field(default=16, metadata={"help": "steps between two looks at the held-out rows"})
     save_every: int = field(default=16, metadata={"help": "steps after which the state for --resume is written"})
-    scale_rate: float = 0.07
-    norm_rate: float = 0.07
+    scale_rate: float = 0.2
+    norm_rate: float = 0.2
     held_rows: int = 8
 
 
@@ -125,7 +124,7 @@ def qat(
     dtype = computing_dtype(settings.dtype, torch.device(device))
     teacher = keep_on_disk(checkpoint, ids, folder / TAUGHT, device, dtype)
     recompute = not _activations_fit(checkpoint, settings.batch_rows * ids.shape[1])
-    student = Student(checkpoint, stored, device, TrainedCodes(BEGIN, dtype), recompute)
+    student = Student(checkpoint, stored, device, dtype, recompute)
     task = QatTask(student, ids, teacher, held_rows(len(ids), settings.held_rows), settings)
     trained = train(task, settings, folder, "training codes")
     if trained.best_step and PartialState().is_main_process:

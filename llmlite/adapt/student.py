@@ -43,14 +43,6 @@ class _Relative(torch.nn.Module):
 
 
 @dataclass(frozen=True)
-class TrainedCodes:
-    """``share``: where codes begin, from their own values (0) towards what was rounded (1); ``dtype`` of products."""
-
-    share: float
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class _Vector:
     """Where a norm's gain or a bias stands in the model."""
 
@@ -61,8 +53,9 @@ class _Vector:
 class Student:
     """The transformers decoder of ``checkpoint`` with the weights of an artifact of it, float32, on ``device``.
 
-    ``codes``: how the codes of linear layers are trained; None leaves them. ``recompute``: each decoder layer's
-    activations are made again in the backward pass, and not kept. ``head`` is [vocabulary, hidden].
+    ``codes``: the dtype of the products of linear layers whose codes are trained; None leaves the codes.
+    ``recompute``: each decoder layer's activations are made again in the backward pass, and not kept. ``head`` is
+    [vocabulary, hidden].
     """
 
     def __init__(
@@ -70,7 +63,7 @@ class Student:
         checkpoint: Checkpoint,
         stored: Stored,
         device: str = "cpu",
-        codes: TrainedCodes | None = None,
+        codes: torch.dtype | None = None,
         recompute: bool = True,
     ):
         self.checkpoint, self.device, self._codes = checkpoint, device, codes
@@ -98,7 +91,7 @@ class Student:
         if self._codes is None:
             linear = RoundedLinear(rounded)
         else:
-            linear = TrainedLinear(rounded, self.checkpoint.read(name), self._codes.share, self._codes.dtype)
+            linear = TrainedLinear(rounded, self.checkpoint.read(name), self._codes)
         self.linears[name] = linear
         self._decoder.set_submodule(name.removeprefix("model.").removesuffix(".weight"), linear)
 
