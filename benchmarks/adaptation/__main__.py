@@ -15,13 +15,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adaptation import error_adapters, gguf_lora, merge
+from benchmarks.adaptation import draft, error_adapters, gguf_lora, merge, qat, repair
 from benchmarks.adaptation.setup import Setup
 
 BENCHMARKS = {
     "error_adapters": error_adapters.run,
     "gguf_lora": gguf_lora.run,
     "merge": merge.run,
+    "repair": repair.run,
+    "qat": qat.run,
+    "qat_2_bits": qat.run_2_bits,
+    "draft": draft.run,
 }
 
 
