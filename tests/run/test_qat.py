@@ -26,21 +26,21 @@ def base(tmp_path_factory) -> Path:
 
 def words(base: Path, out: Path, to: str, *more: str) -> list[str]:
     data = ["--data", str(base.parent / "ids.npy"), "--row-length", "32", "--data-tokens", "8192", "--dtype", "float32"]
-    short = ["--steps", "24", "--judge-every", "8", "--batch-rows", "16", "--rate", "0.005"]
+    short = ["--steps", "24", "--judge-every", "8", "--batch-rows", "16", "--rate", "0.01"]
     return ["distill", "--teacher", str(base), "--to", to, "-o", str(out), *data, *short, *more]
 
 
 @pytest.mark.parametrize("target", ["gptq:w3g32", "gguf:q4_0"])
 def test_distill_to_a_type_writes_an_artifact_of_it_that_is_nearer_than_its_rounding(base, tmp_path, capsys, target):
-    assert main(words(base, tmp_path / "out", target, "--json", str(tmp_path / "facts.json"))) == 0
+    rounded = tmp_path / "rounded"
+    quantize(base, rounded, QuantizeSettings(to=target, solver="rtn"))
+    more = ("--student", str(rounded), "--json", str(tmp_path / "facts.json"))
+    assert main(words(base, tmp_path / "out", target, *more)) == 0
     told = json.loads((tmp_path / "facts.json").read_text())["training"]
     assert told["after"] < told["before"] and told["best_step"] > 0
     manifest = json.loads((tmp_path / "out" / "llmlite.json").read_text())
     assert manifest["kind"] == "artifact" and manifest["format"].lower() == target
     assert manifest["trained"]["after"] == told["after"] and manifest["evals"] == {}
-    rounded = tmp_path / "rounded"
-    text = {"calibration": (str(base.parent / "ids.npy"),), "row_length": 32, "calibration_tokens": 8192}
-    quantize(base, rounded, QuantizeSettings(to=target, **text))
     sizes = [{f.name: f.stat().st_size for f in folder.glob("model*")} for folder in (rounded, tmp_path / "out")]
     assert sizes[0] == sizes[1]
     extra = {f.name for f in (tmp_path / "out").iterdir()} - {f.name for f in rounded.iterdir()}
@@ -53,6 +53,16 @@ def test_distill_to_a_type_writes_an_artifact_of_it_that_is_nearer_than_its_roun
         Student(checkpoint, open_stored(checkpoint, f, types)).hidden(ids) for f in (rounded, tmp_path / "out")
     )
     assert not torch.equal(one, other)
+
+
+def test_without_an_artifact_to_begin_with_one_is_made_with_error_feedback(base, tmp_path):
+    given = words(base, tmp_path / "out", "gptq:w3g32")
+    given[given.index("--steps") + 1] = "2"
+    assert main(given) == 0
+    manifest = json.loads((tmp_path / "out" / "llmlite.json").read_text())
+    assert {row["solver"] for row in manifest["plan"] if row["type"] == "w3g32"} == {"feedback"}
+    assert manifest["trained"]["steps"] == 2
+    assert (tmp_path / "out" / "config.json").is_file() and (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_an_artifact_that_is_there_is_begun_with_and_stays(base, tmp_path):
