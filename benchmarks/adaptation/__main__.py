@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adaptation import draft, error_adapters, gguf_lora, merge, qat, repair
+from benchmarks.adaptation import draft, error_adapters, gguf_lora, lora, merge, qat, repair
 from benchmarks.adaptation.setup import Setup
 
 BENCHMARKS = {
     "error_adapters": error_adapters.run,
     "gguf_lora": gguf_lora.run,
+    "lora": lora.run,
     "merge": merge.run,
     "repair": repair.run,
     "qat": qat.run,

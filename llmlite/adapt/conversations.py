@@ -80,6 +80,8 @@ def tokenized(corpora: Sequence[Corpus], tokenizer: Any, length: int) -> tuple[l
         raise InputError(
             "the model's tokenizer has no chat template, and chats can't be written without; use a chat model"
         )
+    if not tokenizer.is_fast:
+        raise InputError("the model's tokenizer is not of the fast kind, which alone tells where a token's text lies")
     chats: list[tuple[Message, ...]] = []
     for corpus in corpora:
         if any(document.messages is None for document in corpus.documents):
@@ -169,7 +171,7 @@ def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
 
 
 def held_out(conversations: Sequence[Tokens], share: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:
-    """Those to train on and those that judge, chosen by ``seed``; `InputError` where there is none for one of them."""
+    """Those to train on and those that judge, both in an order by ``seed``; `InputError` where one has none."""
     if not 0 < share < 1:
         raise InputError(f"--held-out {share}: a share above 0 and below 1 is right")
     count = min(max(round(len(conversations) * share), 1), HELD_OUT_MOST)
@@ -180,18 +182,19 @@ def held_out(conversations: Sequence[Tokens], share: float, seed: int) -> tuple[
         )
     order = list(range(len(conversations)))
     random.Random(seed).shuffle(order)
-    judging = set(order[:count])
-    parts = [[c for n, c in enumerate(conversations) if (n in judging) == held] for held in (False, True)]
-    return parts[0], parts[1]
+    return [conversations[n] for n in order[count:]], [conversations[n] for n in order[:count]]
 
 
 def packed_rows(conversations: Sequence[Tokens], length: int, pack: bool) -> list[Row]:
-    """Rows of at most ``length`` tokens: with ``pack`` as few as best-fit by falling length finds, else one each."""
+    """Rows of at most ``length`` tokens: each in the fullest that it fits with ``pack``, else in one of its own.
+
+    In the order that they have: packed by length, a row of long ones and one of short ones would pull apart.
+    """
     if not pack:
         return [_row([tokens]) for tokens in conversations]
     rows: list[list[Tokens]] = []
     room: list[tuple[int, int]] = []  # free tokens and number of each row, rising
-    for tokens in sorted(conversations, key=lambda c: -len(c.ids)):
+    for tokens in conversations:
         size = len(tokens.ids)
         place = bisect_left(room, (size, 0))
         if place == len(room):

@@ -23,6 +23,7 @@ def loss_curve(trained: Trained, file: Path, title: str) -> None:
         axes.annotate(
             f"kept: {trained.after:.3f}", (trained.best_step, trained.after), xytext=(0, 12),
             textcoords="offset points", ha="right" if trained.best_step else "left", fontsize=9,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats per token")

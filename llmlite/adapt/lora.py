@@ -32,7 +32,7 @@ class AdapterSettings(TrainSettings):
 
     steps: int = field(default=100, metadata={"help": "steps of the optimizer"})
     batch_rows: int = field(default=1, metadata={"help": "rows of the data in one forward pass"})
-    rate: float = field(default=5e-4, metadata={"help": "learning rate at its highest"})
+    rate: float = field(default=1e-3, metadata={"help": "learning rate at its highest"})
     kind: Kind = field(
         default="lora", metadata={"help": "dora also trains the weights' lengths; rslora scales by 1/sqrt(rank)"}
     )

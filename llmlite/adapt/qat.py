@@ -46,12 +46,12 @@ class QatSettings(TrainSettings):
     """
 
     steps: int = field(default=96, metadata={"help": "steps of the optimizer"})
-    rate: float = field(default=0.01, metadata={"help": "how far a code may move in a step, at its highest"})
+    rate: float = field(default=0.005, metadata={"help": "how far a code may move in a step, at its highest"})
     batch_rows: int = field(default=2, metadata={"help": "rows of the data in one forward pass"})
     judge_every: int = field(default=32, metadata={"help": "steps between two looks at the held-out rows"})
     save_every: int = field(default=32, metadata={"help": "steps after which the state for --resume is written"})
-    scale_rate: float = 0.2
-    norm_rate: float = 0.2
+    scale_rate: float = 0.4
+    norm_rate: float = 0.4
     held_rows: int = 8
 
 

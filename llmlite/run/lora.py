@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from llmlite import __version__
 from llmlite.adapt.bases import Base, load_base, method_of
@@ -32,7 +33,7 @@ from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, scrat
 from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.families import family_of
 from llmlite.checkpoint.safetensors_index import read_index
-from llmlite.errors import InputError
+from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.evals.hf import load_tokenizer
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
@@ -40,7 +41,7 @@ from llmlite.progress import console
 from llmlite.run.dense import ERROR_ADAPTER
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
 from llmlite.run.text import choose_device
-from llmlite.run.training import describe_model, training_device, training_directory
+from llmlite.run.training import describe_model, is_first_process, training_device, training_directory
 
 PICTURE = "loss.png"
 LENGTH = 1024
@@ -147,7 +148,7 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
         trained = train(task, settings, folder, "lora")
         notes += (trained.note,) if trained.note else ()
         done = Adapted(out, trained, counts, base.kept, _count(task), notes)
-        if _writes():
+        if is_first_process():
             _write(folder, adapted, done, data, settings, directory, str(model))
     return done
 
@@ -251,20 +252,23 @@ def _notes(base: Base, data: _Data, length: int) -> tuple[str, ...]:
     notes = [*base.notes, *data.counts.notes(length)]
     if not data.packed:
         notes.append("this model does not keep conversations in one row apart, so each has a row of its own")
-    for note in notes:
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+    if is_first_process():
+        for note in notes:
+            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
     return tuple(notes)
 
 
 def _tell(base: Base, data: _Data, task: AdapterTask, settings: LoraSettings, recomputing: bool) -> None:
     """Say before work what is trained on what."""
+    if not is_first_process():
+        return
     tokens, counted = (sum(f(row) for row in data.rows) for f in (lambda r: len(r.ids), lambda r: r.counted))
     epochs = settings.steps * settings.batch_rows * settings.accumulate / len(data.rows)
     console.print(
         f"base: {base.kept}; adapter: {settings.kind}, rank {settings.rank}, {_count(task):,} parameters"
         + ("; activations are computed twice" if recomputing else "")
-        + f"\ndata: {data.counts.used} conversations in {len(data.rows)} rows to train on ({tokens:,} tokens, "
-        f"{counted:,} of them in answers) and {len(data.held)} to judge with"
+        + f"\ndata: {data.counts.used} conversations: {len(data.rows)} rows to train on ({tokens:,} tokens, "
+        f"{counted:,} of them in answers), {len(data.held)} to judge with"
         + ("" if settings.minutes else f"; {settings.steps} steps see each row {epochs:.1f} times"),
         style="dim", markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
@@ -295,16 +299,15 @@ def _bytes(task: AdapterTask) -> int:
     return sum(value.numel() * value.element_size() for value in task.parameters().values())
 
 
-def _writes() -> bool:
-    from accelerate import PartialState
-
-    return PartialState().is_main_process
-
-
 def _write(
     folder: Path, adapted: Any, done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str
 ) -> None:
-    adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    try:
+        adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    except SafetensorError as error:  # the library's word for a full disk too
+        raise OutsideError(
+            f"{done.directory}: can't be written ({first_line(error)}); nothing of it was kept"
+        ) from None
     if settings.gguf:
         write_gguf_lora(read_adapter(folder), _plain_config(directory), folder / GGUF_LORA)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in

@@ -24,6 +24,13 @@ def training_device(device: str, threads: int | None) -> str:
     return chosen
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and speaks, of those that ``accelerate launch`` started."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
 @contextmanager
 def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator[Path]:
     """The partial directory of a trainer's artifact ``out``, with the state of an unfinished run where one goes on.

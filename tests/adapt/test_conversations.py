@@ -155,7 +155,7 @@ def test_nothing_to_hold_out_is_refused(count, share):
 def test_rows_hold_every_conversation_once_and_predict_within_each(pack):
     conversations = numbered(17)
     rows = packed_rows(conversations, 20, pack)
-    assert len(rows) == (7 if pack else 17) and all(len(row.ids) <= 20 for row in rows)
+    assert len(rows) == (8 if pack else 17) and all(len(row.ids) <= 20 for row in rows)
     assert sorted(i for row in rows for i in row.ids) == sorted(i for c in conversations for i in c.ids)
     for row in rows:
         for place, label in enumerate(row.labels):

@@ -22,6 +22,7 @@ from llmlite.run.lora import LoraSettings, lora
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.tiny import save_tiny, tiny_tokenizer
 
+PROMPT = [{"role": "user", "content": "say 1 the house"}]
 ANSWERS = ("the cat sat on the mat", "the dog ran to the house", "the mat and the dog sat")
 
 
@@ -58,8 +59,7 @@ def test_an_adapter_that_peft_and_the_server_load(base, data, tmp_path):
     assert (tmp_path / "out" / "loss.png").read_bytes().startswith(b"\x89PNG")
     place = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert place == str(base.resolve())
-    prompt = [{"role": "user", "content": "say 1 the house"}]
-    ids = tiny_tokenizer().apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    ids = tiny_tokenizer().apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=False)
     model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(place), tmp_path / "out").eval()
     with torch.no_grad():
         theirs = model(torch.tensor([ids])).logits[0, -1]
@@ -81,6 +81,18 @@ def test_the_manifest_says_what_was_done(base, data, tmp_path):
     assert manifest["data"]["sources"][0]["source"] == str(data)
 
 
+def next_token(model: Path, adapter: Path | None) -> str:
+    """What the server's engine answers first."""
+    from llmlite.serve.engines.base import Piece
+    from llmlite.serve.engines.transformers import TransformersEngine
+    from llmlite.serve.settings import ServeSettings
+
+    ids = tiny_tokenizer().apply_chat_template(PROMPT, add_generation_prompt=True, return_dict=False)
+    engine = TransformersEngine(model, ServeSettings(threads=1, lora=() if adapter is None else (f"tuned={adapter}",)))
+    sequence = engine.open(ids, adapter=None if adapter is None else "tuned")
+    return tiny_tokenizer().decode(engine.step([Piece(sequence, ids, 1)])[0][0].argmax())
+
+
 @pytest.mark.parametrize("to", ["bnb:nf4", "gptq:w4g32", "compressed-tensors:w4a16g32", "on the fly"])
 def test_an_adapter_of_a_quantized_base(base, data, tmp_path, to):
     if to in ("bnb:nf4", "on the fly"):
@@ -91,6 +103,9 @@ def test_an_adapter_of_a_quantized_base(base, data, tmp_path, to):
         quantize(base, model, QuantizeSettings(to, solver="rtn"))
     done = lora(model, tmp_path / "out", settings(data, quantize="bnb:nf4" if to == "on the fly" else None))
     assert done.trained.after < 0.8 * done.trained.before
+    if to in ("bnb:nf4", "compressed-tensors:w4a16g32"):
+        answer = next_token(model, tmp_path / "out")
+        assert answer.strip() in ("the", "t") and next_token(model, None) != answer
     assert done.base == {"gptq:w4g32": "gptq, 4 bits", "compressed-tensors:w4a16g32": "compressed-tensors, 4 bits"}.get(
         to, "bnb:nf4"
     )
