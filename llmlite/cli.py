@@ -44,8 +44,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for add in (
-        _add_import, _add_quantize, _add_imatrix, _add_lora, _add_merge, _add_distill, _add_eval, _add_compare,
-        _add_gate, _add_report, _add_serve, _add_key, _add_chat,
+        _add_import, _add_quantize, _add_imatrix, _add_lora, _add_merge, _add_distill, _add_eval,
+        _add_compare, _add_gate, _add_report, _add_serve, _add_key, _add_chat,
     ):  # fmt: skip
         add(verbs)
     return parser
@@ -172,11 +172,7 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="also draw divergence and perplexity against size"
     )
-    parser.add_argument(
-        "--draft-for",
-        metavar="TEACHER",
-        help="measure this instead: how well ARTIFACT guesses for a GGUF TEACHER, and how fast that is",
-    )
+    parser.add_argument("--draft-for", metavar="TEACHER", help="instead: measure ARTIFACT as a draft of this GGUF")
     _json(parser)
 
 
@@ -283,25 +279,6 @@ def _report(given: argparse.Namespace) -> int:
     return 0
 
 
-def _add_distill(verbs: Any) -> None:
-    from llmlite.run.distill import DistillSettings
-
-    text = "make a smaller student, and train it on its teacher's predictions"
-    parser = _verb(verbs, "distill", _distill, text, DistillSettings)
-    _out(parser)
-    _json(parser)
-
-
-def _distill(given: argparse.Namespace) -> int:
-    from llmlite.run.distilling import run_distill as distill
-
-    done = distill(given)
-    _write_json(done.to_json(), given.json)
-    if given.json != "-":
-        print(done)
-    return 0
-
-
 def _add_lora(verbs: Any) -> None:
     from llmlite.run.lora import LoraSettings
 
@@ -326,6 +303,25 @@ def _lora(given: argparse.Namespace) -> int:
     _write_json(adapted_facts(done), given.json)
     if given.json != "-":
         print(adapted_sentence(done))
+    return 0
+
+
+def _add_distill(verbs: Any) -> None:
+    from llmlite.run.distill import DistillSettings
+
+    text = "make a smaller student, and train it on its teacher's predictions"
+    parser = _verb(verbs, "distill", _distill, text, DistillSettings)
+    _out(parser)
+    _json(parser)
+
+
+def _distill(given: argparse.Namespace) -> int:
+    from llmlite.run.distilling import run_distill
+
+    done = run_distill(given)
+    _write_json(done.to_json(), given.json)
+    if given.json != "-":
+        print(done)
     return 0
 
 

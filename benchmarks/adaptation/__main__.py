@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adaptation import draft, error_adapters, gguf_lora, lora, merge, qat, repair
+from benchmarks.adaptation import distill, draft, error_adapters, gguf_lora, lora, merge, qat, repair
 from benchmarks.adaptation.setup import Setup
 
 BENCHMARKS = {
+    "distill": distill.run,
     "error_adapters": error_adapters.run,
     "gguf_lora": gguf_lora.run,
     "lora": lora.run,
@@ -27,6 +28,8 @@ BENCHMARKS = {
     "qat": qat.run,
     "qat_2_bits": qat.run_2_bits,
     "draft": draft.run,
+    "shrink": distill.shrink,
+    "teacher_logits": distill.teacher_logits,
 }
 
 

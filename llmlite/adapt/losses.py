@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 
-from llmlite.adapt.teacher import LOGIT_ROWS
-
 LossName = Literal["kl", "reverse", "skew"]
 SKEW = 0.1  # DistiLLM's a
+LEAST = 2**-23  # float32's precision of 1
+HELD_BYTES = 128 * 2**20  # of float32 logits at a time: each piece's gradient of the head is a pass over all of it
 
 Measure = Callable[[torch.Tensor, slice], torch.Tensor]
 
@@ -33,17 +33,40 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, loss: LossName) -> 
 def outcomes(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Log-probabilities [n, top + 1] of the tokens ``ids`` [n, top] and of all others together, of logits [n, tokens].
 
-    As `teacher.with_rest` of their log-softmax, in half the passes over the vocabulary.
+    As `teacher.with_rest` of their log-softmax, in a third of the passes over the vocabulary; where the others' share
+    is below float32's precision of 1 it is taken for that.
     """
-    others = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return torch.log_softmax(torch.cat([logits.gather(-1, ids), others], -1), -1)
+    found: torch.Tensor = _Outcomes.apply(logits, ids)
+    return found
+
+
+class _Outcomes(torch.autograd.Function):
+    """q the probabilities, G what comes back: G_i - q_i sum(G) for a named token, (G_rest / q_rest - sum(G)) q_j
+    for each of the others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        whole = logits.logsumexp(-1, keepdim=True)
+        named = logits.gather(-1, ids) - whole
+        rest = torch.log1p(-named.exp().sum(-1, keepdim=True).clamp(max=1 - LEAST))
+        ctx.save_for_backward(logits, ids, whole, named, rest)
+        return torch.cat([named, rest], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, ids, whole, named, rest = ctx.saved_tensors
+        got = gradients[0]
+        total = got.sum(-1, keepdim=True)
+        slope = torch.sub(logits, whole).exp_().mul_(got[:, -1:] / rest.exp() - total)
+        return slope.scatter_(-1, ids, got[:, :-1] - named.exp() * total), None
 
 
 def head_sum(hidden: torch.Tensor, head: torch.Tensor, measure: Measure) -> torch.Tensor:
     """The sum over positions of what ``measure`` makes of logits float32 [n, tokens] of the positions in a slice.
 
-    ``hidden`` [positions, width], ``head`` [tokens, width]. The logits of `LOGIT_ROWS` positions are held at a time,
-    in the backward pass too: gradients are made in the forward pass. Under autocast the products are in its dtype.
+    ``hidden`` [positions, width], ``head`` [tokens, width]. The logits of a few positions are held at a time, in the
+    backward pass too: gradients are made in the forward pass. Under autocast the products are in its dtype.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
@@ -52,8 +75,18 @@ def head_sum(hidden: torch.Tensor, head: torch.Tensor, measure: Measure) -> torc
         return found
     with torch.autocast(kind, enabled=False):
         states, weight = hidden.to(dtype), head.to(dtype)
-        parts = [slice(start, start + LOGIT_ROWS) for start in range(0, len(hidden), LOGIT_ROWS)]
+        parts = _parts(len(hidden), len(head))
         return torch.stack([measure((states[part] @ weight.T).float(), part) for part in parts]).sum()
+
+
+def positions_held(tokens: int) -> int:
+    """Of how many positions logits over so many tokens are held at a time."""
+    return max(HELD_BYTES // (4 * tokens), 16)
+
+
+def _parts(positions: int, tokens: int) -> list[slice]:
+    size = positions_held(tokens)
+    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
 class _HeadSum(torch.autograd.Function):
@@ -66,8 +99,7 @@ class _HeadSum(torch.autograd.Function):
         to_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for start in range(0, len(hidden), LOGIT_ROWS):
-                part = slice(start, start + LOGIT_ROWS)
+            for part in _parts(len(hidden), len(head)):
                 logits = (states[part] @ weight.T).float().requires_grad_()
                 with torch.enable_grad():
                     value = measure(logits, part)

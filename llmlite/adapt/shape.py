@@ -14,6 +14,7 @@ from llmlite.errors import InputError
 from llmlite.formats.gguf.metadata import full_config, head_dim
 
 FFN_STEP = 256  # widths stay multiples of this, or of its largest share that divides the teacher's: blocks of weights
+QUERIES_AS_WIDE = ("qwen2",)  # llama.cpp, src/models/qwen2.cpp: the query projection is [hidden, hidden]
 FFN_FLOOR = 2 / 3  # FFN channels go first, as they cost least; below this share of them whole layers go
 
 
@@ -58,6 +59,11 @@ def student_shape(
     for option, mine, its in (("--ffn", shape.ffn, whole.ffn), ("--kv-heads", shape.kv_heads, whole.kv_heads)):
         if not 1 <= mine <= its:
             raise InputError(f"{option} {mine}: {checkpoint.source} has {its}; 1 to {its} is right")
+    if shape.kv_heads != whole.kv_heads and checkpoint.family.name in QUERIES_AS_WIDE:
+        raise InputError(
+            f"--kv-heads {shape.kv_heads}: llama.cpp reads {checkpoint.family.name} with queries as wide as the hidden "
+            "states only, so all heads stay; leave out --kv-heads"
+        )
     expected_shapes(student_config(checkpoint, range(shape.layers), shape), checkpoint.family, f"a student of {shape}")
     return shape
 

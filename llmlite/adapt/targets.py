@@ -34,7 +34,9 @@ class Kept:
     temperature: float = 1.0
 
     def compare(self, logits: torch.Tensor, part: slice) -> Pair:
-        return self.logs[part], outcomes(logits / self.temperature, self.ids[part])
+        if self.temperature != 1:
+            logits = logits / self.temperature
+        return self.logs[part], outcomes(logits, self.ids[part])
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class Live:
     def compare(self, logits: torch.Tensor, part: slice) -> Pair:
         with torch.no_grad():
             its = logits_of(self.states[part].to(self.head.dtype), self.head, self.checkpoint).float()
-            known = torch.log_softmax(its / self.temperature, -1)
-        return known, torch.log_softmax(logits / self.temperature, -1)
+            known = torch.log_softmax(its if self.temperature == 1 else its / self.temperature, -1)
+        return known, torch.log_softmax(logits if self.temperature == 1 else logits / self.temperature, -1)
 
 
 def kept_targets(teacher: Teacher, rows: Sequence[int], temperature: float, device: str) -> Kept:
@@ -111,7 +113,9 @@ def see(decoder: Any, ids: torch.Tensor, inputs: bool = False, attention: bool =
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: bool = False) -> Any:
     """The transformers model; ``attention``: one that can show its attention."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     kind = {"attn_implementation": "eager"} if attention else {}
     return AutoModelForCausalLM.from_pretrained(
         checkpoint.directory, dtype=dtype, trust_remote_code=False, **kind

@@ -140,7 +140,9 @@ class _Loop:
             )
         groups = [dict(group) for group in task.groups()]
         self.multiples = [group.pop("rate", 1.0) for group in groups]
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.rate, betas=BETAS, weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=settings.rate, betas=BETAS, weight_decay=settings.weight_decay, fused=True
+        )
         self.state = State()
 
     def run(self) -> Trained:

@@ -11,10 +11,11 @@ import psutil
 import torch
 
 from llmlite.adapt.influence import measure_layers
+from llmlite.adapt.losses import positions_held
 from llmlite.adapt.shape import parameters, shape_of, student_config
 from llmlite.adapt.shrink import Text, copy_side_files, write_student
 from llmlite.adapt.targets import TOP
-from llmlite.adapt.teacher import LOGIT_ROWS, disk_needed
+from llmlite.adapt.teacher import disk_needed
 from llmlite.adapt.training_state import COPIES
 from llmlite.checkpoint.artifact import refuse_full_disk, write_json
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -98,6 +99,6 @@ def memory_needed(job: Job, settings: DistillSettings, count: int) -> int:
     each = job.shape.layers * (16 * hidden + 6 * job.shape.ffn)
     if settings.attention:
         each += 2 * job.shape.layers * config["num_attention_heads"] * job.rows.ids.shape[1]
-    logits = 8 * LOGIT_ROWS * vocabulary
+    logits = 5 * positions_held(vocabulary) * vocabulary
     teacher = parameters(job.teacher, shape_of(job.teacher.config)) * job.dtype.itemsize if job.live else 0
     return math.ceil(weights + FLOAT * (tokens * each + logits) + teacher)
