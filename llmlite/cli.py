@@ -172,10 +172,13 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="also draw divergence and perplexity against size"
     )
+    parser.add_argument("--draft-for", metavar="TEACHER", help="instead: measure ARTIFACT as a draft of this GGUF")
     _json(parser)
 
 
 def _eval(given: argparse.Namespace) -> int:
+    if given.draft_for is not None:
+        return _eval_draft(given)
     from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
     from llmlite.evals.resources_table import show_resources
     from llmlite.evals.table import check_picture, picture, show, show_worst
@@ -191,6 +194,16 @@ def _eval(given: argparse.Namespace) -> int:
         show_worst(measured)
         show_resources(measured)
     save_in_manifest(given.artifact, measured)
+    return 0
+
+
+def _eval_draft(given: argparse.Namespace) -> int:
+    from llmlite.serve.draft_figures import eval_draft
+
+    found = eval_draft(given.artifact, given.draft_for, vars(given))
+    _write_json(found.to_json(), given.json)
+    if given.json != "-":
+        print(found)
     return 0
 
 
@@ -303,9 +316,9 @@ def _add_distill(verbs: Any) -> None:
 
 
 def _distill(given: argparse.Namespace) -> int:
-    from llmlite.run.distill import DistillSettings, distill
+    from llmlite.run.distilling import run_distill
 
-    done = distill(given.out, settings_from(DistillSettings, given, given.recipe))
+    done = run_distill(given)
     _write_json(done.to_json(), given.json)
     if given.json != "-":
         print(done)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.adaptation import distill, error_adapters, gguf_lora, lora, merge
+from benchmarks.adaptation import distill, draft, error_adapters, gguf_lora, lora, merge, qat, repair
 from benchmarks.adaptation.setup import Setup
 
 BENCHMARKS = {
@@ -24,6 +24,10 @@ BENCHMARKS = {
     "gguf_lora": gguf_lora.run,
     "lora": lora.run,
     "merge": merge.run,
+    "repair": repair.run,
+    "qat": qat.run,
+    "qat_2_bits": qat.run_2_bits,
+    "draft": draft.run,
     "shrink": distill.shrink,
     "teacher_logits": distill.teacher_logits,
 }

@@ -148,6 +148,18 @@ class BitsAndBytes:
         shape = (codes.shape[0], codes.shape[1])
         return self._nf4_tensors(module, shape, (pairs[:, :1] << 4) | pairs[:, 1:], stored)
 
+    def read(self, module: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Rounded:
+        """The codes and scales that an nf4 weight of ``shape`` (out, in) has in the tensors of ``layout``."""
+        assert self.grid is not None
+        packed = tensors[f"{module}.weight"].view(-1)
+        codes = torch.stack([packed >> 4, packed & 15], dim=1).view(shape)
+        scales = tensors[f"{module}.weight.absmax"]
+        if self.double_quantization:
+            nested = tensors[f"{module}.weight.nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(scales)]
+            offset = json.loads(bytes(tensors[f"{module}.{STATE}"].tolist()))["nested_offset"]
+            scales = tensors[f"{module}.weight.nested_quant_map"][scales.long()] * nested + offset
+        return Rounded(self.grid, codes, Ranges(scales.view(shape[0], -1)))
+
     def unpack(self, module: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight a reader computes with, float32 [out, in]: multiplied out by the library, in the model's dtype."""
         stored = tensors[f"{module}.weight"]

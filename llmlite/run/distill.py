@@ -41,6 +41,12 @@ class DistillSettings(TrainSettings):
 
     teacher: str = field(metadata={"help": "whose predictions are learned: a directory, a GGUF file or a hub id"})
     student: str | None = field(default=None, metadata={"help": "a checkpoint to train (default: made from TEACHER)"})
+    to: str | None = field(
+        default=None,
+        metadata={
+            "help": "FORMAT:TYPE, as in gptq:w3g64: STUDENT is TEACHER on that grid, its codes and scales trained"
+        },
+    )
     layers: int | None = field(default=None, metadata={"help": "a student made from TEACHER: its decoder layers"})
     ffn: int | None = field(default=None, metadata={"help": "a student made from TEACHER: FFN channels of each layer"})
     kv_heads: int | None = field(

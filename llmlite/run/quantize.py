@@ -14,9 +14,9 @@ import torch
 
 from llmlite import __version__
 from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair
+from llmlite.adapt.stored import open_stored
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import (
-    GGUF_FILE,
     atomic_directory,
     refuse_existing,
     refuse_full_disk,
@@ -112,7 +112,7 @@ def quantize_checkpoint(
     tuning = RepairSettings(steps=settings.repair_steps, device=device)
     if settings.repair:
         assert rows is not None
-        check_repair(checkpoint, target.format, rows.ids, tuning)
+        check_repair(checkpoint, types, rows.ids, tuning)
     importance = _importance(checkpoint, plan, settings)
     networks = _networks(settings, plan)
     _check_disk(out, checkpoint, plan, rows, networks)
@@ -134,7 +134,7 @@ def quantize_checkpoint(
             sink.abandon()
         repaired = None
         if settings.repair and rows is not None:
-            repaired = repair(checkpoint, directory / GGUF_FILE, rows, tuning, directory)
+            repaired = repair(checkpoint, open_stored(checkpoint, directory, types), rows, tuning, directory)
             notes += (repaired.note,) if repaired.note else ()
         done = Quantized(out, plan, errors, flattered, notes, job.seconds, chosen.allocation, repaired)
         write_manifest(directory, {**_manifest(checkpoint, done, rows, settings), **(told or {})})

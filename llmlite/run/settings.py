@@ -60,7 +60,7 @@ class QuantizeSettings(RoundingSettings):
     damping: float = field(default=0.02, metadata={"help": "added to the moments' diagonal, as a share of its median"})
     repair: bool = field(
         default=False,
-        metadata={"help": "gguf: then train norms, scales and minimums on the base's predictions, at the same bytes"},
+        metadata={"help": "then train norms, scales and minimums on the base's predictions, at the same bytes"},
     )
     repair_steps: int = field(default=64, metadata={"help": "repair: steps of training at most"})
     imatrix: str | None = field(
