@@ -171,6 +171,8 @@ def distill(out: str | Path, settings: DistillSettings) -> Distilled:
 def check_distill(settings: DistillSettings) -> None:
     """`InputError` for settings that can't be followed, whatever the models."""
     check_training(replace(settings, steps=max(settings.steps, 1)) if settings.steps == 0 else settings)
+    if settings.to is not None:
+        raise InputError(f"--to {settings.to}: makes no smaller student; `run.qat.train_quantized` trains codes")
     made = (settings.layers, settings.ffn, settings.kv_heads, settings.shrink)
     if settings.student is None and made == (None,) * 4:
         raise InputError("--student, --layers, --ffn, --kv-heads or --shrink is missing: it says who is to be trained")
