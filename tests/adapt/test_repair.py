@@ -232,6 +232,7 @@ def test_a_run_that_is_killed_while_it_writes_leaves_the_file_whole(tmp_path, mo
     was, values = digest(file), student_of(checkpoint, file).values()
     child = os.fork()
     if child == 0:
+        torch.set_num_threads(1)  # the threads of OpenMP are not forked, and would be waited for
         monkeypatch.setattr(files.gguf, "pack", lambda *_: os._exit(9))
         open_gguf(checkpoint, file).rewrite(values)
         os._exit(0)
