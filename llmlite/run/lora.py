@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from llmlite import __version__
 from llmlite.adapt.bases import Base, load_base, method_of
-from llmlite.adapt.conversations import Counts, Row, held_out, packed_rows, tokenized
+from llmlite.adapt.conversations import Counts, Row, Tokens, held_out, packed_rows, tokenized
 from llmlite.adapt.curve import loss_curve
 from llmlite.adapt.error_adapters import ErrorAdapter, ErrorAdapterSettings
 from llmlite.adapt.lora import (
@@ -24,6 +24,7 @@ from llmlite.adapt.lora import (
     load_peft,
     new_adapter,
     packing_holds,
+    refuse_other_head,
     set_checkpointing,
 )
 from llmlite.adapt.training import Trained, check_training, computing_dtype, train
@@ -137,7 +138,9 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     with ExitStack() as stack:
         errors = None if settings.init == "random" else stack.enter_context(_errors(str(model), out, settings, device))
         base = load_base(directory, dtype, device, settings.quantize)  # type: ignore[arg-type]
+        _refuse_unknown_tokens(base, conversations, str(model))
         adapted = new_adapter(base.model, settings, _base_name(str(model), directory), errors)
+    refuse_other_head(adapted, str(model))
     packed = packing_holds(adapted)
     rows, held = (packed_rows(part, length, packed) for part in parts)
     data = _Data(rows, held, counts, packed, tuple({"source": c.source, "sha256": c.sha256} for c in corpora))
@@ -243,6 +246,12 @@ def _length(directory: Path, wanted: int | None) -> int:
     if wanted is not None and wanted > longest:
         raise InputError(f"--length {wanted}: the model reads {longest} tokens at most")
     return min(LENGTH, longest) if wanted is None else wanted
+
+
+def _refuse_unknown_tokens(base: Base, conversations: Sequence[Tokens], model: str) -> None:
+    largest, known = max(max(c.ids) for c in conversations), base.model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise InputError(f"{model}: its tokenizer gives the data token id {largest}, and the model has {known} tokens")
 
 
 def _base_name(model: str, directory: Path) -> str:
