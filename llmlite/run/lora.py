@@ -33,14 +33,13 @@ from llmlite.calibrate.corpus import read_corpus
 from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, scratch_directory, sha256_of, write_manifest
 from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.families import family_of
-from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.evals.hf import load_tokenizer
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.memory import keep_heap_small
 from llmlite.progress import console
-from llmlite.run.dense import ERROR_ADAPTER
+from llmlite.run.dense import ERROR_ADAPTER, weights_sha256
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
 from llmlite.run.text import choose_device
 from llmlite.run.training import describe_model, is_first_process, training_device, training_directory
@@ -331,14 +330,13 @@ def _plain_config(directory: Path) -> dict[str, Any]:
 
 
 def _manifest(done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str) -> dict[str, Any]:
-    weights = sorted({entry.file for entry in read_index(directory).values()})
     return {
         "llmlite": __version__,
         "kind": "adapter" if settings.init == "random" else ERROR_ADAPTER,
         "base": {
             "source": model,
             "config_sha256": sha256_of(directory / "config.json"),
-            "weights_sha256": {file.name: sha256_of(file) for file in weights},
+            "weights_sha256": weights_sha256(str(directory)),
             "kept": done.base,
         },
         "settings": _lasting(settings),
