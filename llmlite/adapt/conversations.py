@@ -108,15 +108,20 @@ def tokenized(corpora: Sequence[Corpus], tokenizer: Any, length: int) -> tuple[l
 
 def _up_to_last_answer(chat: tuple[Message, ...]) -> tuple[Message, ...]:
     """The conversation without what follows its last answer; nothing where an answer is empty or none is there."""
-    places = [place for place, message in enumerate(chat) if message["role"] == ANSWER]
+    places = _answers(chat)
     if not places or any(not chat[place]["content"].strip() for place in places):
         return ()
     return chat[: places[-1] + 1]
 
 
+def _answers(chat: Sequence[Message]) -> list[int]:
+    """Where the answers stand; what opens a chat is a greeting, and answers nothing."""
+    return [place for place, message in enumerate(chat) if place and message["role"] == ANSWER]
+
+
 def _fitting(chat: tuple[Message, ...], tokenizer: Any, length: int) -> tuple[list[Tokens], bool]:
     """The longest beginning of a chat that ends with an answer and has at most ``length`` tokens, and if it is all."""
-    ends = [place + 1 for place, message in enumerate(chat) if message["role"] == ANSWER]
+    ends = [place + 1 for place in _answers(chat)]
     for end in reversed(ends):
         tokens = conversation_tokens(chat[:end], tokenizer)
         if len(tokens.ids) <= length:
@@ -132,9 +137,7 @@ def conversation_tokens(chat: Sequence[Message], tokenizer: Any) -> Tokens:
     """
     text = _written(chat, tokenizer)
     spans = []
-    for place, message in enumerate(chat):
-        if message["role"] != ANSWER:
-            continue
+    for place in _answers(chat):
         prompt, up_to = _written(chat[:place], tokenizer, True), _written(chat[: place + 1], tokenizer)
         last = place == len(chat) - 1
         if last and not up_to.startswith(prompt):
@@ -150,8 +153,6 @@ def conversation_tokens(chat: Sequence[Message], tokenizer: Any) -> Tokens:
 
 
 def _written(chat: Sequence[Message], tokenizer: Any, prompt: bool = False) -> str:
-    if not chat:
-        return ""
     try:
         return tokenizer.apply_chat_template([dict(m) for m in chat], tokenize=False, add_generation_prompt=prompt)
     except TemplateError as error:

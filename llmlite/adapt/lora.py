@@ -69,6 +69,8 @@ def target_modules(model: torch.nn.Module, wanted: Sequence[str]) -> list[str]:
         name for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and ".layers." in f".{name}"
     ]  # fmt: skip
+    if not linears:
+        raise InputError("the model has no linear layers in a list `layers`, so there is nothing to put an adapter on")
     chosen = [name for name in linears if not wanted or any(f".{name}".endswith(f".{end}") for end in wanted)]
     for end in wanted:
         if not any(f".{name}".endswith(f".{end}") for name in linears):
@@ -117,9 +119,19 @@ def packing_holds(adapted: Any) -> bool:
     return bool((first - second).norm() <= 0.01 * first.norm())
 
 
+def refuse_other_head(adapted: Any, where: str) -> None:
+    """`InputError` where the model makes other logits of its hidden states than `answer_loss`, as by a scale."""
+    base, places = adapted.get_base_model(), torch.arange(8, device=adapted.device)[None]
+    with torch.no_grad():
+        wanted = base(input_ids=places, use_cache=False).logits.float()
+        found = _logits(base, hidden_states(adapted, places, places))
+    if not (found - wanted).norm() <= 0.01 * wanted.norm():
+        raise InputError(f"{where}: its head does more than multiply and cap, which can't be trained through here")
+
+
 def hidden_states(adapted: Any, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """What the head sees [rows, length, hidden]. Without a mask the model keeps apart what the positions keep apart."""
-    return adapted.get_base_model().model(
+    return adapted.get_base_model().base_model(
         input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False
     ).last_hidden_state  # fmt: skip
 
@@ -134,18 +146,21 @@ def answer_loss(adapted: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, int]:
     counts = labels != IGNORED
     chosen, wanted = hidden[counts], labels[counts]
     base = adapted.get_base_model()
-    cap = base.config.get_text_config().to_dict().get("final_logit_softcapping")
 
     def loss_of(part: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        logits = base.get_output_embeddings()(part).float()
-        logits = torch.tanh(logits / cap) * cap if cap else logits
-        return torch.nn.functional.cross_entropy(logits, tokens, reduction="sum")
+        return torch.nn.functional.cross_entropy(_logits(base, part), tokens, reduction="sum")
 
     total = torch.zeros((), device=hidden.device)
     for part, tokens in zip(chosen.split(LOGIT_ROWS), wanted.split(LOGIT_ROWS), strict=True):
         twice = part.requires_grad
         total = total + (recomputed(loss_of, part, tokens, use_reentrant=False) if twice else loss_of(part, tokens))
     return total, len(wanted)
+
+
+def _logits(base: Any, hidden: torch.Tensor) -> torch.Tensor:
+    logits = base.get_output_embeddings()(hidden).float()
+    cap = base.config.get_text_config().to_dict().get("final_logit_softcapping")
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 class AdapterTask:

@@ -39,6 +39,8 @@ class PackedLinear(torch.nn.Linear):
         device = fn(torch.empty(0)).device
         for name, buffer in self.named_buffers(recurse=False):
             self._buffers[name] = buffer.to(device)
+        if self.bias is not None:
+            self.bias = torch.nn.Parameter(self.bias.detach().to(device), requires_grad=False)
         return self
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from llmlite.adapt.training_state import State, best_file, load_state, read_tensors, save_state, write_tensors
-from llmlite.errors import InputError, OutsideError
+from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.progress import advancing, console
 
 BETAS = (0.9, 0.95)
@@ -98,6 +98,8 @@ def check_training(settings: TrainSettings) -> None:
         value = asdict(settings)[name]
         if not value >= 0:
             raise InputError(f"--{name.replace('_', '-')} {value}: 0 or more is right")
+    if settings.seed >= 2**32:
+        raise InputError(f"--seed {settings.seed}: below {2**32} is right")
     if settings.minutes is not None and not settings.minutes > 0:
         raise InputError(f"--minutes {settings.minutes}: more than 0 is right")
 
@@ -117,10 +119,15 @@ def train(task: Task, settings: TrainSettings, folder: Path, what: str) -> Train
     ``folder`` is the partial directory of an artifact. The state is written into it, and one that is found there is
     gone on with, to the same losses as those of an unbroken run (with ``minutes``: for the time that is left).
     ``what`` names the work on the screen. Raises `InputError` for settings that can't be followed or differ from those
-    of the state that is found, `OutsideError` for a loss that is not a number and for a disk that is full.
+    of the state that is found, `OutsideError` for a loss that is not a number and for a disk or memory that is full.
     """
     check_training(settings)
-    return _Loop(task, settings, folder, what).run()
+    try:
+        return _Loop(task, settings, folder, what).run()
+    except torch.OutOfMemoryError as error:
+        raise OutsideError(
+            f"{what}: does not fit into memory ({first_line(error)}); fewer --batch-rows, or shorter rows, may be right"
+        ) from None
 
 
 class _Loop:

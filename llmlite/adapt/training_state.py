@@ -86,7 +86,8 @@ def load_state(
             found = {moment: tensors[f"{moment}:{name}"] for moment in MOMENTS if f"{moment}:{name}" in tensors}
             if found:
                 moved = {moment: value.to(parameter.device) for moment, value in found.items()}
-                optimizer.state[parameter] = {"step": torch.tensor(float(state.step)), **moved}
+                step = torch.tensor(float(state.step), device=parameter.device)  # where fused AdamW reads it
+                optimizer.state[parameter] = {"step": step, **moved}
     return state
 
 

@@ -144,7 +144,10 @@ def _instruction(record: dict, where: str) -> tuple[Message, ...]:
     first = instances[0] if isinstance(instances, list) and instances else record
     if not isinstance(first, dict) or not isinstance(first.get("output"), str):
         raise InputError(f"{where}: an instruction needs an output, a string")
-    asked = "\n\n".join(part for part in (record["instruction"], first.get("input") or "") if part)
+    more = first.get("input") or ""
+    if not isinstance(more, str):
+        raise InputError(f"{where}: the input of an instruction needs to be a string")
+    asked = "\n\n".join(part for part in (record["instruction"], more) if part)
     return ({"role": "user", "content": asked}, {"role": "assistant", "content": first["output"]})
 
 

@@ -29,6 +29,8 @@ PLAIN = {
     "fan_in_fan_out": False, "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False,
     "use_bdlora": None, "arrow_config": None, "target_parameters": None, "megatron_config": None,
 }  # fmt: skip
+# Ways to begin that take the first product out of the base's weights: the pairs do not belong to the base as it is.
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _config(directory: Path) -> dict[str, Any]:
     file = directory / CONFIG
     try:
         config = json.loads(file.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"{directory}: has no {CONFIG}; the directory of an adapter saved by peft is right") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{file}: is not JSON ({error})") from None
@@ -126,20 +128,44 @@ def _config(directory: Path) -> dict[str, Any]:
     for key, plain in PLAIN.items():
         if config.get(key, plain) != plain:
             raise InputError(f"{file}: {key} is {config[key]!r}, which can't be followed here; plain LoRA is right")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InputError(f"{file}: {key} is {value!r}; a number is right")
+    refuse_changed_base(config, str(file))
     return config
+
+
+def refuse_changed_base(config: Mapping[str, Any], where: str) -> None:
+    """`InputError` for an adapter that began with a part of the base's weights, which peft takes out of them."""
+    begun = config.get("init_lora_weights", True)
+    if isinstance(begun, str) and begun.lower().startswith(CHANGES_BASE):
+        raise InputError(
+            f"{where}: init_lora_weights is {begun!r}, so the adapter belongs to weights that peft changes when it "
+            "loads them; save it as plain LoRA (path_initial_model_for_weight_conversion of save_pretrained)"
+        )
 
 
 def _pair(directory: Path, module: str, parts: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> Pair:
     a, b, magnitude = parts.get("A.weight"), parts.get("B.weight"), parts.get("magnitude_vector")
-    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+    if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2 or not 0 < a.shape[0] == b.shape[1]:
         raise InputError(f"{directory}: {module} lacks a pair lora_A [rank, in], lora_B [out, rank] of one rank")
     if magnitude is not None and magnitude.shape != (b.shape[0],):
         raise InputError(f"{directory}: {module} has {list(magnitude.shape)} magnitudes for {b.shape[0]} outputs")
-    utils = need("lora", "peft.utils.other")
-    patterns = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(utils.get_pattern_key(patterns, module), config["lora_alpha"]))
-    rank = a.shape[0]
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        has = "has no" if magnitude is None else "has"
+        raise InputError(f"{directory}: {module} {has} magnitudes; use_dora in {CONFIG} says otherwise")
+    alpha, rank = float(_of_layer(config, "lora_alpha", "alpha_pattern", module)), a.shape[0]
+    wanted = _of_layer(config, "r", "rank_pattern", module)
+    if rank != wanted:
+        raise InputError(f"{directory}: {module} has a pair of rank {rank}; {CONFIG} says {wanted}")
     return Pair(a, b, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank), magnitude)
+
+
+def _of_layer(config: Mapping[str, Any], key: str, patterns: str, module: str) -> Any:
+    """A setting as it is for one layer: what the pattern that matches its name says, else what all have."""
+    given = config.get(patterns) or {}
+    return given.get(need("lora", "peft.utils.other").get_pattern_key(given, module), config[key])
 
 
 class AdapterWriter:

@@ -42,7 +42,7 @@ def refuse_other_base(adapter: Path, model: str, revision: str | None = None) ->
     """`InputError` where an adapter's manifest names another base than ``model``; one without a manifest passes.
 
     ``model`` may be what the adapter was made on, an artifact of that, or what that is an artifact of; an adapter of
-    rounding errors belongs to one artifact only.
+    rounding errors belongs to one artifact only. A GGUF file that lies alone does not tell what it is, and passes.
     """
     manifest = read_manifest(adapter)
     base = (manifest or {}).get("base")
@@ -61,7 +61,8 @@ def refuse_other_base(adapter: Path, model: str, revision: str | None = None) ->
             raise InputError(f"{adapter}: was made for {source}, and {model} has other weights: of another base")
     elif config is not None:
         wanted = {config} | _of_base(Path(str(source)))
-        if not wanted & ({own} | _of_base(_folder(model, revision))):
+        found = ({own} if own else set()) | _of_base(_folder(model, revision))
+        if found and not wanted & found:  # a GGUF file alone does not tell: it goes by the shapes
             raise InputError(
                 f"{adapter}: was made for {source}, and {model} is another model by its config.json: an adapter of "
                 "another base"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from llmlite import __version__
 from llmlite.adapt.bases import Base, load_base, method_of
-from llmlite.adapt.conversations import Counts, Row, held_out, packed_rows, tokenized
+from llmlite.adapt.conversations import Counts, Row, Tokens, held_out, packed_rows, tokenized
 from llmlite.adapt.curve import loss_curve
 from llmlite.adapt.error_adapters import ErrorAdapter, ErrorAdapterSettings
 from llmlite.adapt.lora import (
@@ -24,6 +24,7 @@ from llmlite.adapt.lora import (
     load_peft,
     new_adapter,
     packing_holds,
+    refuse_other_head,
     set_checkpointing,
 )
 from llmlite.adapt.training import Trained, check_training, computing_dtype, train
@@ -32,14 +33,13 @@ from llmlite.calibrate.corpus import read_corpus
 from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, scratch_directory, sha256_of, write_manifest
 from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.families import family_of
-from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.evals.hf import load_tokenizer
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.memory import keep_heap_small
 from llmlite.progress import console
-from llmlite.run.dense import ERROR_ADAPTER
+from llmlite.run.dense import ERROR_ADAPTER, weights_sha256
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
 from llmlite.run.text import choose_device
 from llmlite.run.training import describe_model, is_first_process, training_device, training_directory
@@ -137,7 +137,9 @@ def lora(model: str | Path, out: str | Path, settings: LoraSettings) -> Adapted:
     with ExitStack() as stack:
         errors = None if settings.init == "random" else stack.enter_context(_errors(str(model), out, settings, device))
         base = load_base(directory, dtype, device, settings.quantize)  # type: ignore[arg-type]
+        _refuse_unknown_tokens(base, conversations, str(model))
         adapted = new_adapter(base.model, settings, _base_name(str(model), directory), errors)
+    refuse_other_head(adapted, str(model))
     packed = packing_holds(adapted)
     rows, held = (packed_rows(part, length, packed) for part in parts)
     data = _Data(rows, held, counts, packed, tuple({"source": c.source, "sha256": c.sha256} for c in corpora))
@@ -245,6 +247,12 @@ def _length(directory: Path, wanted: int | None) -> int:
     return min(LENGTH, longest) if wanted is None else wanted
 
 
+def _refuse_unknown_tokens(base: Base, conversations: Sequence[Tokens], model: str) -> None:
+    largest, known = max(max(c.ids) for c in conversations), base.model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise InputError(f"{model}: its tokenizer gives the data token id {largest}, and the model has {known} tokens")
+
+
 def _base_name(model: str, directory: Path) -> str:
     """What peft opens the base by: the hub id as given, or where it lies."""
     return str(directory.resolve()) if Path(model).is_dir() else model
@@ -322,14 +330,13 @@ def _plain_config(directory: Path) -> dict[str, Any]:
 
 
 def _manifest(done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str) -> dict[str, Any]:
-    weights = sorted({entry.file for entry in read_index(directory).values()})
     return {
         "llmlite": __version__,
         "kind": "adapter" if settings.init == "random" else ERROR_ADAPTER,
         "base": {
             "source": model,
             "config_sha256": sha256_of(directory / "config.json"),
-            "weights_sha256": {file.name: sha256_of(file) for file in weights},
+            "weights_sha256": weights_sha256(str(directory)),
             "kept": done.base,
         },
         "settings": _lasting(settings),

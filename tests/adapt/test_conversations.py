@@ -51,6 +51,14 @@ def test_the_answers_count_with_the_marks_that_end_them():
     assert TOKENIZER.decode(found.ids) == text
 
 
+def test_a_greeting_that_opens_a_chat_does_not_count(tmp_path: Path):
+    greeting = {"role": "assistant", "content": "the house"}
+    found = conversation_tokens([greeting, *chat("the cat", "sat")], TOKENIZER)
+    assert counted(found) == "sat<|im_end|>"
+    _, counts = tokenized(corpora(tmp_path, {"messages": [greeting]}, {"messages": chat("a", "b")}), TOKENIZER, 100)
+    assert (counts.without_answer, counts.used) == (1, 1)
+
+
 def test_where_a_template_rewrites_earlier_turns_the_last_answer_counts():
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = FORGETFUL

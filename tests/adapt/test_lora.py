@@ -9,7 +9,15 @@ import torch
 from llmlite.adapt import bases, lora
 from llmlite.adapt.bases import load_base, prepare_bitsandbytes
 from llmlite.adapt.conversations import Tokens, packed_rows
-from llmlite.adapt.lora import AdapterSettings, AdapterTask, answer_loss, new_adapter, packing_holds, target_modules
+from llmlite.adapt.lora import (
+    AdapterSettings,
+    AdapterTask,
+    answer_loss,
+    new_adapter,
+    packing_holds,
+    refuse_other_head,
+    target_modules,
+)
 from llmlite.errors import InputError
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.tiny import FAMILIES, save_tiny, tiny_model
@@ -59,6 +67,20 @@ def test_a_model_that_lets_conversations_see_each_other_is_found_out():
 
     model.get_base_model().model.register_forward_pre_hook(one_conversation, with_kwargs=True)
     assert not packing_holds(model)
+
+
+def test_a_model_whose_head_does_more_is_refused():
+    for family in FAMILIES:
+        refuse_other_head(adapted(tiny_model(family)), family)
+    with pytest.raises(InputError, match="granite: its head does more"):
+        refuse_other_head(adapted(tiny_model("granite", logits_scaling=8.0)), "granite")
+
+
+def test_packed_layers_move_with_their_biases(quantized):
+    layer = load_base(quantized("gptq:w4g32"), torch.float32, "cpu").model.model.layers[0].self_attn.q_proj
+    assert layer.bias is not None
+    layer.to("meta")
+    assert {tensor.device.type for tensor in (*layer.buffers(), *layer.parameters())} == {"meta"}
 
 
 @pytest.mark.parametrize("recompute", ["on", "off"])

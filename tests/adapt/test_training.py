@@ -11,7 +11,7 @@ import torch
 
 from llmlite.adapt import training
 from llmlite.adapt.training import TrainSettings, check_training, rate_factor, row_at, train
-from llmlite.adapt.training_state import STATE
+from llmlite.adapt.training_state import STATE, State, load_state, save_state
 from llmlite.checkpoint.artifact import JOURNAL, atomic_directory, partial_of
 from llmlite.errors import InputError, OutsideError
 
@@ -130,6 +130,26 @@ def test_a_loss_that_is_not_a_number_stops_it_and_nothing_is_kept(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_memory_that_is_full_is_one_sentence(tmp_path: Path):
+    class Large(Slope):
+        def loss(self, rows):
+            raise torch.OutOfMemoryError("tried to allocate 9 GiB\nand more")
+
+    with pytest.raises(OutsideError, match=r"slope: does not fit into memory \(tried to allocate 9 GiB\); fewer"):
+        train(Large(), SETTINGS, tmp_path, "slope")
+
+
+def test_a_state_is_put_where_its_parameters_are(tmp_path: Path):
+    here = {"x": torch.nn.Parameter(torch.ones(2))}
+    there = {"x": torch.nn.Parameter(torch.ones(2, device="meta"))}
+    first, second = (torch.optim.AdamW(parameters.values()) for parameters in (here, there))
+    here["x"].sum().backward()
+    first.step()
+    save_state(tmp_path, State(step=1), here, first)
+    assert load_state(tmp_path, {}, there, second) is not None
+    assert {value.device.type for value in second.state[there["x"]].values()} == {"meta"}
+
+
 def test_a_gradient_that_is_not_a_number_stops_it(tmp_path: Path):
     class Steep(Slope):
         def loss(self, rows):
@@ -195,7 +215,7 @@ def test_the_rate_rises_and_falls():
     [
         ({"steps": 0}, "--steps 0: at least 1"), ({"batch_rows": 0}, "--batch-rows 0"), ({"rate": 0.0}, "--rate"),
         ({"rate": math.nan}, "--rate nan"), ({"warmup": 1.0}, "--warmup"), ({"minutes": 0.0}, "--minutes"),
-        ({"patience": -1}, "--patience"),
+        ({"patience": -1}, "--patience"), ({"seed": 2**32}, "--seed 4294967296: below"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_followed_are_refused(changes, told):

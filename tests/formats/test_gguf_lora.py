@@ -152,6 +152,17 @@ def test_adapters_that_are_more_than_pairs_are_refused(bases, tmp_path):
         (plain / "adapter_config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(InputError, match=said):
             read_adapter(plain)
+    for key, value, said in (
+        ("r", 3, r"q_proj has a pair of rank 4; adapter_config.json says 3"),
+        ("use_dora", True, "q_proj has no magnitudes; use_dora"),
+        ("lora_alpha", None, "lora_alpha is None; a number is right"),
+        ("init_lora_weights", "pissa_niter_4", "belongs to weights that peft changes"),
+    ):
+        (plain / "adapter_config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(InputError, match=said):
+            read_adapter(plain)
+    with pytest.raises(InputError, match=r"has no adapter_config\.json"):
+        read_adapter(plain / "adapter_model.safetensors")
     (plain / "adapter_config.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         read_adapter(plain)

@@ -218,6 +218,13 @@ def test_without_a_chat_template_it_is_refused(data, tmp_path):
         lora(model, tmp_path / "out", settings(data))
 
 
+def test_a_tokenizer_of_another_model_is_refused(data, tmp_path):
+    model = save_tiny(tmp_path / "model", vocab_size=200)
+    with pytest.raises(InputError, match=r"gives the data token id \d+, and the model has 200 tokens"):
+        lora(model, tmp_path / "out", settings(data))
+    assert not list(tmp_path.glob("*out*"))
+
+
 def test_a_loss_that_is_not_a_number_is_exit_status_3_and_leaves_nothing(base, data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(AdapterTask, "loss", lambda task, rows: math.nan * next(iter(task.parameters().values())).sum())
     arguments = ["lora", str(base), "--data", str(data), "-o", str(tmp_path / "out"), "--length", "128"]

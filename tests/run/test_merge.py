@@ -14,6 +14,7 @@ from llmlite.cli import main
 from llmlite.errors import InputError
 from llmlite.formats.dequantized import dequantized_gguf, gguf_file, open_dequantized
 from llmlite.formats.peft import read_adapter
+from llmlite.run.dense import refuse_other_base
 from llmlite.run.merge import MergeSettings, merge
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.adapters import adapted, save_adapter
@@ -158,6 +159,20 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(base, adap
     told = {"source": "an-artifact", "config_sha256": digest, "weights_sha256": tensors}
     (copy / "llmlite.json").write_text(json.dumps({"kind": "error adapter", "base": told}))
     refused(base, copy, "makes good what rounding cost an-artifact, .* other weights")
+
+
+def test_a_gguf_file_that_lies_alone_does_not_tell_what_it_is_and_goes_by_the_shapes(base, tmp_path):
+    quantize(base, tmp_path / "artifact", QuantizeSettings("gguf:q8_0", solver="rtn"))
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (tmp_path / "artifact" / "model.gguf").rename(alone / "tiny.gguf")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    digest = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+    (adapter / "llmlite.json").write_text(json.dumps({"base": {"source": "the-base", "config_sha256": digest}}))
+    refuse_other_base(adapter, str(alone / "tiny.gguf"))
+    edit_config(save_tiny(alone), rope_theta=5e5)  # a config.json beside it tells
+    with pytest.raises(InputError, match="was made for the-base"):
+        refuse_other_base(adapter, str(alone / "tiny.gguf"))
 
 
 def test_bad_words_and_bad_values_are_refused_in_one_sentence(base, adapter, tmp_path, capsys):
