@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -178,13 +179,13 @@ def check_distill(settings: DistillSettings) -> None:
         raise InputError("--student, --layers, --ffn, --kv-heads or --shrink is missing: it says who is to be trained")
     if settings.student is not None and made != (None,) * 4:
         raise InputError("--student: is trained as it is; leave out --layers, --ffn, --kv-heads and --shrink")
-    if not settings.temperature > 0:
+    if not 0 < settings.temperature < math.inf:
         raise InputError(f"--temperature {settings.temperature}: above 0 is right")
     for option, value in (("--data-share", settings.data_share), ("--on-policy", settings.on_policy)):
         if not 0 <= value <= 1:
             raise InputError(f"{option} {value}: from 0 to 1 is right")
     for option, value in (("--hidden", settings.hidden), ("--attention", settings.attention)):
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise InputError(f"{option} {value}: 0 or more is right")
     if settings.row_length < 2 or settings.data_tokens < settings.row_length * HELD_SHARE:
         raise InputError(
@@ -214,6 +215,8 @@ def _job(teacher: Checkpoint, settings: DistillSettings, device: str) -> Job:
         shape = student_shape(teacher, settings.layers, settings.ffn, settings.kv_heads, settings.shrink)
     else:
         shape = shape_of(student.config)
+    if settings.hidden and shape.layers == 1:
+        raise InputError("--hidden: matches what enters every layer but the first, and the student has one layer")
     vocabulary = _vocabulary(teacher, student)
     source = student or teacher
     rows = calibration_rows(source, settings.data, settings.data_tokens, settings.row_length, settings.seed)
@@ -227,7 +230,8 @@ def _job(teacher: Checkpoint, settings: DistillSettings, device: str) -> Job:
     again = settings.minutes is None and used > len(rows.ids)
     live = settings.teacher_logits == "live" or _weights(settings).live
     live = live or (settings.teacher_logits == "auto" and not again)
-    return Job(teacher, student, shape, rows, vocabulary, live and settings.data_share < 1, device, dtype)
+    live = _weights(settings).live or (live and settings.data_share < 1)  # the text alone needs no teacher
+    return Job(teacher, student, shape, rows, vocabulary, live, device, dtype)
 
 
 def _vocabulary(teacher: Checkpoint, student: Checkpoint | None) -> torch.Tensor | None:

@@ -1,10 +1,13 @@
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 
+from llmlite.adapt.qat import QatSettings, qat
 from llmlite.adapt.stored import open_stored
 from llmlite.adapt.student import Student
 from llmlite.checkpoint.checkpoint import open_checkpoint
@@ -102,3 +105,22 @@ def test_what_cannot_be_trained_is_refused_and_nothing_is_left(base, tmp_path, c
     assert main(given) == 2
     assert reason in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_of_several_processes_the_first_alone_writes_what_the_base_predicts(tmp_path, monkeypatch):
+    inside = []
+
+    @contextmanager
+    def first(_state):
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def write(*_args):
+        assert inside
+        raise InterruptedError
+
+    monkeypatch.setattr(PartialState, "main_process_first", first)
+    monkeypatch.setattr("llmlite.adapt.qat.keep_on_disk", write)
+    with pytest.raises(InterruptedError):
+        qat(None, None, np.zeros((8, 4)), QatSettings(), tmp_path)
