@@ -26,6 +26,7 @@ from llmlite.checkpoint.artifact import refuse_existing, sha256_of, write_manife
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.errors import InputError
 from llmlite.evals.hf import load_tokenizer
+from llmlite.formats.gguf.metadata import full_config
 from llmlite.memory import give_freed_memory_back, keep_heap_small
 from llmlite.run.students import check_room, made_student, write_trained
 from llmlite.run.text import calibration_rows, opened
@@ -222,7 +223,7 @@ def _job(teacher: Checkpoint, settings: DistillSettings, device: str) -> Job:
     rows = calibration_rows(source, settings.data, settings.data_tokens, settings.row_length, settings.seed)
     if len(rows.ids) < HELD_SHARE:
         raise InputError(f"--data: has {len(rows.ids)} rows of {settings.row_length} tokens; {HELD_SHARE} are right")
-    longest = min(c.config["max_position_embeddings"] for c in (teacher, source))
+    longest = min(full_config(c.config)["max_position_embeddings"] for c in (teacher, source))
     if rows.ids.shape[1] > longest:
         raise InputError(f"--row-length {rows.ids.shape[1]}: the models read {longest} tokens; at most that is right")
     dtype = computing_dtype(settings.dtype, torch.device(device))
@@ -268,6 +269,11 @@ def _train(folder: Path, out: Path, job: Job, settings: DistillSettings) -> Dist
     task = Distillation(model, lessons, _weights(settings), job.device)
     with torch.autocast(job.device, job.dtype, enabled=job.dtype != torch.float32):
         before = task.held()
+    if not math.isfinite(before.kl):
+        raise InputError(
+            f"{(job.student or job.teacher).source}: the divergence on held-out rows is {before.kl} before any "
+            "training; a teacher and a student with finite weights are right"
+        )
     trained = train(task, settings, folder, "distill") if settings.steps else None
     with torch.autocast(job.device, job.dtype, enabled=job.dtype != torch.float32):
         after = task.held() if trained is not None else before

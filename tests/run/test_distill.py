@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmlite.adapt.distill import Distillation
@@ -169,3 +170,21 @@ def test_what_was_prepared_before_the_first_step_is_not_called_a_new_beginning(t
         pass
     said = capsys.readouterr()
     assert "resumed: no step was saved yet" in said.err + said.out and "beginning" not in said.err + said.out
+
+
+def test_a_teacher_of_no_numbers_is_refused_where_nothing_is_trained_too(text, tmp_path):
+    broken = save_tiny(tmp_path / "broken", num_hidden_layers=6)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="divergence on held-out rows is nan before any training"):
+        distill(tmp_path / "out", settings(broken, text, steps=0))
+    assert [file.name for file in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_config_that_leaves_out_the_context_has_its_familys(text, tmp_path):
+    silent = save_tiny(tmp_path / "silent", num_hidden_layers=6)
+    config = json.loads((silent / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (silent / "config.json").write_text(json.dumps(config))
+    assert _job(open_checkpoint(silent), settings(silent, text), "cpu").rows.ids.shape[1] == 24
