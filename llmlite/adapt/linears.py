@@ -34,8 +34,8 @@ def stored_factor(values: torch.Tensor, grid: Grid) -> torch.Tensor:
     kept = values.to(dtype).float()
     if not torch.isfinite(kept).all():
         raise OutsideError(
-            f"trained scales are not finite in {dtype}, so training stopped and nothing was kept; a lower --rate may be "
-            "right"
+            f"trained scales are not finite in {dtype}, so training stopped and nothing was kept; a lower --rate may "
+            "be right"
         )
     return kept
 
