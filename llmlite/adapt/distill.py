@@ -208,19 +208,22 @@ class Distillation:
             return ids, scored
         start = max(ids.shape[1] - SAMPLED, ids.shape[1] // 2)
         ids = ids.clone()
-        ids[own] = sampled(self.model, ids[own, :start], ids.shape[1])
+        ids[own] = sampled(self.model, ids[own, :start], ids.shape[1], self.lessons.tokens)
         scored[own, : start - 1] = False
         return ids, scored
 
 
 @torch.no_grad()
-def sampled(model: Any, ids: torch.Tensor, length: int) -> torch.Tensor:
-    """Rows of token ids [rows, some] continued to ``length`` by drawing from the model's own distribution."""
+def sampled(model: Any, ids: torch.Tensor, length: int, tokens: int | None = None) -> torch.Tensor:
+    """Rows of token ids [rows, some] continued to ``length`` by drawing from the model's own distribution.
+
+    ``tokens``: how many of its logits count, from the first on; all where None.
+    """
     from transformers import DynamicCache
 
     cache, fed = DynamicCache(config=model.config), ids
     while ids.shape[1] < length:
-        logits = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1, :tokens]
         fed = torch.multinomial(torch.softmax(logits.float(), -1).cpu(), 1).to(ids.device)
         ids = torch.cat([ids, fed], 1)
     return ids

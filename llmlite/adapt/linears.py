@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from llmlite.errors import OutsideError
 from llmlite.quantize.grid import inverse, steps_of
 from llmlite.quantize.types import Grid, Ranges, Rounded
 
@@ -28,11 +29,14 @@ def factors_of(rounded: Rounded) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def stored_factor(values: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Factors as the file keeps them, float32; ValueError where it can't."""
+    """Factors as the file keeps them, float32; `OutsideError` where it can't."""
     dtype = torch.float16 if grid.super_block is not None else grid.scale_dtype
     kept = values.to(dtype).float()
     if not torch.isfinite(kept).all():
-        raise ValueError(f"trained scales are not finite in {dtype}")
+        raise OutsideError(
+            f"trained scales are not finite in {dtype}, so training stopped and nothing was kept; a lower --rate may "
+            "be right"
+        )
     return kept
 
 

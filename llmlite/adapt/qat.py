@@ -123,7 +123,8 @@ def qat(
     those of the training, without the base's predictions. Raises as `train` does.
     """
     dtype = computing_dtype(settings.dtype, torch.device(device))
-    teacher = keep_on_disk(checkpoint, ids, folder / TAUGHT, device, dtype)
+    with PartialState().main_process_first():  # the others take what the first one wrote
+        teacher = keep_on_disk(checkpoint, ids, folder / TAUGHT, device, dtype)
     recompute = not _activations_fit(checkpoint, settings.batch_rows * ids.shape[1])
     student = Student(checkpoint, stored, device, dtype, recompute)
     task = QatTask(student, ids, teacher, held_rows(len(ids), settings.held_rows), settings)

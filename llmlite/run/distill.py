@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from llmlite.checkpoint.artifact import refuse_existing, sha256_of, write_manife
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.errors import InputError
 from llmlite.evals.hf import load_tokenizer
+from llmlite.formats.gguf.metadata import full_config
 from llmlite.memory import give_freed_memory_back, keep_heap_small
 from llmlite.run.students import check_room, made_student, write_trained
 from llmlite.run.text import calibration_rows, opened
@@ -178,13 +180,13 @@ def check_distill(settings: DistillSettings) -> None:
         raise InputError("--student, --layers, --ffn, --kv-heads or --shrink is missing: it says who is to be trained")
     if settings.student is not None and made != (None,) * 4:
         raise InputError("--student: is trained as it is; leave out --layers, --ffn, --kv-heads and --shrink")
-    if not settings.temperature > 0:
+    if not 0 < settings.temperature < math.inf:
         raise InputError(f"--temperature {settings.temperature}: above 0 is right")
     for option, value in (("--data-share", settings.data_share), ("--on-policy", settings.on_policy)):
         if not 0 <= value <= 1:
             raise InputError(f"{option} {value}: from 0 to 1 is right")
     for option, value in (("--hidden", settings.hidden), ("--attention", settings.attention)):
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise InputError(f"{option} {value}: 0 or more is right")
     if settings.row_length < 2 or settings.data_tokens < settings.row_length * HELD_SHARE:
         raise InputError(
@@ -214,12 +216,14 @@ def _job(teacher: Checkpoint, settings: DistillSettings, device: str) -> Job:
         shape = student_shape(teacher, settings.layers, settings.ffn, settings.kv_heads, settings.shrink)
     else:
         shape = shape_of(student.config)
+    if settings.hidden and shape.layers == 1:
+        raise InputError("--hidden: matches what enters every layer but the first, and the student has one layer")
     vocabulary = _vocabulary(teacher, student)
     source = student or teacher
     rows = calibration_rows(source, settings.data, settings.data_tokens, settings.row_length, settings.seed)
     if len(rows.ids) < HELD_SHARE:
         raise InputError(f"--data: has {len(rows.ids)} rows of {settings.row_length} tokens; {HELD_SHARE} are right")
-    longest = min(c.config["max_position_embeddings"] for c in (teacher, source))
+    longest = min(full_config(c.config)["max_position_embeddings"] for c in (teacher, source))
     if rows.ids.shape[1] > longest:
         raise InputError(f"--row-length {rows.ids.shape[1]}: the models read {longest} tokens; at most that is right")
     dtype = computing_dtype(settings.dtype, torch.device(device))
@@ -227,7 +231,8 @@ def _job(teacher: Checkpoint, settings: DistillSettings, device: str) -> Job:
     again = settings.minutes is None and used > len(rows.ids)
     live = settings.teacher_logits == "live" or _weights(settings).live
     live = live or (settings.teacher_logits == "auto" and not again)
-    return Job(teacher, student, shape, rows, vocabulary, live and settings.data_share < 1, device, dtype)
+    live = _weights(settings).live or (live and settings.data_share < 1)  # the text alone needs no teacher
+    return Job(teacher, student, shape, rows, vocabulary, live, device, dtype)
 
 
 def _vocabulary(teacher: Checkpoint, student: Checkpoint | None) -> torch.Tensor | None:
@@ -264,6 +269,11 @@ def _train(folder: Path, out: Path, job: Job, settings: DistillSettings) -> Dist
     task = Distillation(model, lessons, _weights(settings), job.device)
     with torch.autocast(job.device, job.dtype, enabled=job.dtype != torch.float32):
         before = task.held()
+    if not math.isfinite(before.kl):
+        raise InputError(
+            f"{(job.student or job.teacher).source}: the divergence on held-out rows is {before.kl} before any "
+            "training; a teacher and a student with finite weights are right"
+        )
     trained = train(task, settings, folder, "distill") if settings.steps else None
     with torch.autocast(job.device, job.dtype, enabled=job.dtype != torch.float32):
         after = task.held() if trained is not None else before

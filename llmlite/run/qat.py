@@ -103,7 +103,7 @@ def train_quantized(out: str | Path, settings: TrainCodesSettings) -> TrainedArt
     """
     out = Path(out)
     target = _target(settings.to)
-    check_row_length(settings.data_tokens, settings.row_length)
+    check_row_length(settings.data_tokens, settings.row_length, "--data-tokens")
     keep_heap_small()
     refuse_existing(out)
     device = training_device(settings.device, settings.threads)

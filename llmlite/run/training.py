@@ -50,6 +50,8 @@ def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator
     goes_on = resume and found is not None
     if goes_on and (partial_of(out) / STATE).is_file():
         _say("resumed: goes on at the last step that was saved")
+    elif goes_on:
+        _say("resumed: no step was saved yet; what was prepared for the training is taken as it is")
     elif resume:
         _say(f"note: there is no unfinished run of {out} to resume; this one begins at the beginning")
     elif found is not None and not found.differences(journal):
@@ -65,8 +67,14 @@ def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator
 
 
 def describe_model(source: str, directory: Path) -> dict[str, Any]:
-    """What tells one model from another without reading all of it: its config, and its files' sizes and times."""
-    files = sorted({entry.file for entry in read_index(directory).values()})
+    """What tells one model from another without reading all of it: its config, and its files' sizes and times.
+
+    A GGUF file stands for itself: the ``directory`` that it is imported into is made anew by each run.
+    """
+    if source.endswith(".gguf"):
+        files = [Path(source)]
+    else:
+        files = sorted({entry.file for entry in read_index(directory).values()})
     weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return {"source": source, "config.json": sha256_of(directory / "config.json"), **weights}
 

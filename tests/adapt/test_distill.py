@@ -128,6 +128,7 @@ def test_own_words_are_sampled_and_alone_count(teacher, tmp_path):
         sharp.lm_head.weight.mul_(1e4)  # certain of each token, so that sampling is greedy
     greedy = sharp.generate(torch.from_numpy(IDS[:2, :8]), max_new_tokens=6, do_sample=False, eos_token_id=[])
     assert torch.equal(sampled(sharp, torch.from_numpy(IDS[:2, :8]), 14), greedy)
+    assert sampled(model, torch.from_numpy(IDS[:2, :8]), 24, tokens=3)[:, 8:].max() < 3  # rows without a token
 
 
 def test_vocabularies():

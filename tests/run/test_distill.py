@@ -1,10 +1,13 @@
 """The verb distill on tiny models: what it writes, how it goes on, and what it refuses."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from llmlite.adapt.distill import Distillation
@@ -12,7 +15,8 @@ from llmlite.checkpoint.artifact import partial_of
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.cli import main
 from llmlite.errors import InputError, OutsideError
-from llmlite.run.distill import DistillSettings, distill
+from llmlite.run.distill import DistillSettings, _job, distill
+from llmlite.run.training import describe_model, training_directory
 from tests.tiny import save_tiny, tiny_tokenizer
 
 FILES = {
@@ -110,6 +114,8 @@ def test_a_loss_that_is_no_number_keeps_nothing(base, text, tmp_path, monkeypatc
         ({"student": "other"}, "leave out --layers"),
         ({"layers": 3}, "4 to 6 are right"),
         ({"temperature": 0.0}, "--temperature 0.0"),
+        ({"temperature": math.inf}, "--temperature inf"),
+        ({"hidden": math.inf}, "--hidden inf"),
         ({"data_share": 1.5}, "--data-share 1.5"),
         ({"hidden": 1.0, "teacher_logits": "disk"}, "live is right"),
         ({"data_tokens": 100}, "at least 8 rows"),
@@ -134,3 +140,51 @@ def test_a_student_of_ones_own(base, text, tmp_path):
     done = distill(tmp_path / "out", settings(base, text, layers=None, student=str(own), hidden=0.1))
     assert done.after.kl < done.before.kl
     assert open_checkpoint(tmp_path / "out").config["hidden_size"] == 32
+
+
+def test_hidden_states_are_matched_where_the_text_alone_gives_the_logits_loss(base, text):
+    teacher = open_checkpoint(base)
+    assert _job(teacher, settings(base, text, data_share=1.0, hidden=1.0), "cpu").live
+    assert not _job(teacher, settings(base, text, data_share=1.0, teacher_logits="live"), "cpu").live
+
+
+def test_hidden_states_of_a_single_layer_are_refused(base, text, tmp_path):
+    own = save_tiny(tmp_path / "own", num_hidden_layers=1)
+    with pytest.raises(InputError, match=r"--hidden: .* has one layer"):
+        distill(tmp_path / "out", settings(base, text, layers=None, student=str(own), hidden=1.0))
+
+
+def test_a_gguf_file_is_the_same_model_wherever_it_was_imported_to(base, tmp_path):
+    file = tmp_path / "base.gguf"
+    file.write_bytes(b"GGUF")
+    again = shutil.copytree(base, tmp_path / "again", copy_function=shutil.copyfile)
+    assert describe_model(str(base), base) != describe_model(str(base), again)
+    assert describe_model(str(file), base) == describe_model(str(file), again)
+
+
+def test_what_was_prepared_before_the_first_step_is_not_called_a_new_beginning(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), training_directory(tmp_path / "out", {"a": 1}, resume=False):
+        raise KeyboardInterrupt
+    capsys.readouterr()
+    with training_directory(tmp_path / "out", {"a": 1}, resume=True):
+        pass
+    said = capsys.readouterr()
+    assert "resumed: no step was saved yet" in said.err + said.out and "beginning" not in said.err + said.out
+
+
+def test_a_teacher_of_no_numbers_is_refused_where_nothing_is_trained_too(text, tmp_path):
+    broken = save_tiny(tmp_path / "broken", num_hidden_layers=6)
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"][0, 0] = torch.nan
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="divergence on held-out rows is nan before any training"):
+        distill(tmp_path / "out", settings(broken, text, steps=0))
+    assert [file.name for file in tmp_path.iterdir()] == ["broken"]
+
+
+def test_a_config_that_leaves_out_the_context_has_its_familys(text, tmp_path):
+    silent = save_tiny(tmp_path / "silent", num_hidden_layers=6)
+    config = json.loads((silent / "config.json").read_text())
+    del config["max_position_embeddings"]
+    (silent / "config.json").write_text(json.dumps(config))
+    assert _job(open_checkpoint(silent), settings(silent, text), "cpu").rows.ids.shape[1] == 24

@@ -1,10 +1,13 @@
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 
+from llmlite.adapt.qat import QatSettings, qat
 from llmlite.adapt.stored import open_stored
 from llmlite.adapt.student import Student
 from llmlite.checkpoint.checkpoint import open_checkpoint
@@ -91,14 +94,42 @@ def test_an_artifact_that_is_there_is_begun_with_and_stays(base, tmp_path):
         (("bnb:nf4",), "its values are not evenly spaced"),
         (("gptq:w3g32", "--data-tokens", "128"), "has 4 rows"),
         (("gptq:w3g32", "--rate", "0"), "--rate 0"),
+        (("gptq:w3g32", "--data-tokens", "10"), "--data-tokens 10 with --row-length 32"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_and_nothing_is_left(base, tmp_path, capsys, words_of, reason):
     data = str(base.parent / "few.npy")
     np.save(data, np.zeros((4, 32), dtype=np.int64))
     given = words(base, tmp_path / "out", *words_of)
-    if "--data-tokens" in words_of:
+    if "128" in words_of:
         given += ["--data", data]
     assert main(given) == 2
     assert reason in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_of_several_processes_the_first_alone_writes_what_the_base_predicts(tmp_path, monkeypatch):
+    inside = []
+
+    @contextmanager
+    def first(_state):
+        inside.append(True)
+        yield
+        inside.clear()
+
+    def write(*_args):
+        assert inside
+        raise InterruptedError
+
+    monkeypatch.setattr(PartialState, "main_process_first", first)
+    monkeypatch.setattr("llmlite.adapt.qat.keep_on_disk", write)
+    with pytest.raises(InterruptedError):
+        qat(None, None, np.zeros((8, 4)), QatSettings(), tmp_path)
+
+
+def test_scales_beyond_what_the_file_holds_end_with_one_sentence(base, tmp_path, capsys):
+    start = tmp_path / "start"
+    quantize(base, start, QuantizeSettings(to="gptq:w3g32", solver="rtn"))
+    assert main(words(base, tmp_path / "out", "gptq:w3g32", "--student", str(start), "--rate", "1e30")) == 3
+    assert "trained scales are not finite" in " ".join(capsys.readouterr().err.split())
+    assert [file.name for file in tmp_path.iterdir()] == ["start"]
