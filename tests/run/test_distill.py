@@ -101,7 +101,9 @@ def test_an_interrupted_run_goes_on_with_the_same_losses(changes, base, text, tm
 
 
 def test_a_loss_that_is_no_number_keeps_nothing(base, text, tmp_path, monkeypatch):
-    monkeypatch.setattr(Distillation, "loss", lambda task, rows: next(iter(task.parameters().values())).sum() * torch.nan)
+    monkeypatch.setattr(
+        Distillation, "loss", lambda task, rows: next(iter(task.parameters().values())).sum() * torch.nan
+    )
     with pytest.raises(OutsideError, match="loss is nan"):
         distill(tmp_path / "out", settings(base, text))
     assert not (tmp_path / "out").exists() and not partial_of(tmp_path / "out").exists()
