@@ -289,20 +289,13 @@ def _add_lora(verbs: Any) -> None:
 
 
 def _lora(given: argparse.Namespace) -> int:
-    from llmlite.run.error_adapters import made_facts, made_sentence
-    from llmlite.run.lora import LoraSettings, adapted_facts, adapted_sentence, lora, untrained
+    from llmlite.run.adapting import run_lora
+    from llmlite.run.lora import LoraSettings
 
-    settings = settings_from(LoraSettings, given, given.recipe)
-    if settings.init != "random" and settings.steps == 0:
-        made = untrained(given.model, given.out, settings)
-        _write_json(made_facts(given.out, made), given.json)
-        if given.json != "-":
-            print(made_sentence(given.out, made))
-        return 0
-    done = lora(given.model, given.out, settings)
-    _write_json(adapted_facts(done), given.json)
+    facts, sentence = run_lora(given.model, given.out, settings_from(LoraSettings, given, given.recipe))
+    _write_json(facts, given.json)
     if given.json != "-":
-        print(adapted_sentence(done))
+        print(sentence)
     return 0
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from llmlite.errors import LlmliteError
 from llmlite.options import Parser, add_options, settings_from
-from llmlite.run.lora import LoraSettings, adapted_sentence, lora
+from llmlite.run.adapting import run_lora
+from llmlite.run.lora import LoraSettings
 
 
 def main() -> int:
@@ -22,11 +23,11 @@ def main() -> int:
     add_options(parser, LoraSettings)
     try:
         given = parser.parse_args()
-        done = lora(given.model, given.out, settings_from(LoraSettings, given, recipe=None))
+        _, sentence = run_lora(given.model, given.out, settings_from(LoraSettings, given, recipe=None))
     except LlmliteError as error:
         print(error, file=sys.stderr)
         return error.exit_status
-    print(adapted_sentence(done))
+    print(sentence)
     return 0
 
 

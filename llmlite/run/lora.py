@@ -172,6 +172,9 @@ def _errors(model: str, out: Path, settings: LoraSettings, device: str) -> Itera
 def untrained(model: str, out: Path, settings: LoraSettings) -> ErrorAdapter:
     """What --steps 0 asks for: the adapter of what rounding cost ``model`` as the new directory ``out``."""
     check_init(settings)
+    for option, given in (("--data", settings.data), ("--gguf", settings.gguf), ("--resume", settings.resume)):
+        if given:
+            raise InputError(f"{option}: with --steps 0 nothing is trained; leave it out")
     device = choose_device(settings.device, settings.threads)
     return make_error_adapter(model, base_of(settings), out, *error_settings(settings, device))
 

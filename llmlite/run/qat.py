@@ -92,6 +92,7 @@ class _Job:
     rows: Rows
     device: str
     notes: tuple[str, ...]
+    bytes: int  # of the artifact's weights
 
 
 def train_quantized(out: str | Path, settings: TrainCodesSettings) -> TrainedArtifact:
@@ -111,6 +112,7 @@ def train_quantized(out: str | Path, settings: TrainCodesSettings) -> TrainedArt
         job = _job(teacher, target, settings, device)
         for note in job.notes:
             console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        _check_disk(out, job)
         with training_directory(out, _run(job, settings), settings.resume) as folder:
             return _train(folder, out, job, settings)
 
@@ -134,7 +136,14 @@ def _job(teacher: Checkpoint, target: Target, settings: TrainCodesSettings, devi
         open_stored(teacher, Path(settings.student), types)
     rows = calibration_rows(teacher, settings.data, settings.data_tokens, settings.row_length, settings.seed)
     notes = (*check_qat(teacher, types, rows.ids, settings), *plan.notes)
-    return _Job(teacher, target, types, rows, device, notes)
+    return _Job(teacher, target, types, rows, device, notes, plan.bytes)
+
+
+def _check_disk(out: Path, job: _Job) -> None:
+    kept = 4 * COPIES * sum(math.prod(entry.shape) for entry in job.teacher.tensors.values())
+    rows, length = job.rows.ids.shape
+    kept += disk_needed(rows, length, TOP, job.teacher.config["hidden_size"])
+    refuse_full_disk(out, 2 * job.bytes, kept)  # as it was, and as it is trained
 
 
 def _manifest_of(start: Path, teacher: Checkpoint, target: Target) -> dict[str, Any]:
@@ -168,10 +177,6 @@ def _train(folder: Path, out: Path, job: _Job, settings: TrainCodesSettings) -> 
             work.mkdir(exist_ok=True)
             _begin(start, job, settings)
     give_freed_memory_back()
-    kept = 4 * COPIES * sum(math.prod(entry.shape) for entry in job.teacher.tensors.values())
-    rows, length = job.rows.ids.shape
-    kept += disk_needed(rows, length, TOP, job.teacher.config["hidden_size"])
-    refuse_full_disk(out, _bytes(start), kept)
     stored = open_stored(job.teacher, start, job.types)
     trained = train_codes(job.teacher, stored, job.rows.ids, settings, folder, job.device)
     notes = (*job.notes, *((trained.note,) if trained.note else ()))
@@ -202,10 +207,6 @@ def _begin(start: Path, job: _Job, settings: TrainCodesSettings) -> None:
         device=job.device, threads=settings.threads, revision=settings.revision, resume=settings.resume,
     )  # fmt: skip
     quantize_checkpoint(job.teacher, start, rounding, job.device)
-
-
-def _bytes(directory: Path) -> int:
-    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
 
 
 def _manifest(start: dict[str, Any], job: _Job, settings: TrainCodesSettings, done: TrainedArtifact) -> dict[str, Any]:
