@@ -24,7 +24,6 @@ from llmlite.adapt.vocabulary import match_vocabularies
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import refuse_existing, sha256_of, write_manifest
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from llmlite.checkpoint.families import EMBEDDING, HEAD
 from llmlite.errors import InputError
 from llmlite.evals.hf import load_tokenizer
 from llmlite.formats.gguf.metadata import full_config
@@ -267,7 +266,6 @@ def _train(folder: Path, out: Path, job: Job, settings: DistillSettings) -> Dist
         lessons = _lessons(job, settings, work, student.num_layers, made)
     give_freed_memory_back()
     model = load_model(student, torch.float32, settings.attention > 0)
-    _keep_shared(model, job.teacher, student)
     task = Distillation(model, lessons, _weights(settings), job.device)
     with torch.autocast(job.device, job.dtype, enabled=job.dtype != torch.float32):
         before = task.held()
@@ -290,18 +288,6 @@ def _train(folder: Path, out: Path, job: Job, settings: DistillSettings) -> Dist
         write_manifest(folder, _manifest(job, settings, done))
         shutil.rmtree(work)
     return done
-
-
-def _keep_shared(model: Any, teacher: Checkpoint, student: Checkpoint) -> None:
-    """Train neither embedding nor head where they are the teacher's to the bit.
-
-    What little text a training has would bend them to its own words.
-    """
-    modules = [(EMBEDDING, model.get_input_embeddings())]
-    modules += [] if student.tied or teacher.tied else [(HEAD, model.get_output_embeddings())]
-    for name, module in modules:
-        if torch.equal(teacher.read(name), student.read(name)):
-            module.weight.requires_grad_(False)
 
 
 def _lessons(job: Job, settings: DistillSettings, work: Path, layers: int, made: dict[str, Any] | None) -> Lessons:
