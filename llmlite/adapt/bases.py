@@ -20,7 +20,7 @@ from llmlite.checkpoint.checkpoint import CONFIG_ERRORS, read_config
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.extras import need
-from llmlite.formats.reading import packed_format
+from llmlite.formats.reading import packed_format, unquantized
 from llmlite.memory import give_freed_memory_back
 
 OnTheFly = Literal["bnb:nf4", "bnb:int8"]
@@ -127,7 +127,7 @@ def _packed(directory: Path, dtype: torch.dtype, device: str) -> tuple[Any, str,
     """A gptq or compressed-tensors checkpoint with its linear layers packed."""
     config = read_config(directory)
     packed, tensors = packed_format(config, str(directory)), read_index(directory)
-    model = _empty_model({key: value for key, value in config.items() if key != "quantization_config"})
+    model = _empty_model(unquantized(config))
     modules = packed.modules(set(tensors))
     taken = {name for names in modules.values() for name in names}
     rest = {name: entry.read() for name, entry in tensors.items() if name not in taken}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from llmlite.adapt.losses import LossName, divergence, head_sum
+from llmlite.adapt.losses import LossName, divergence, head_sum, soft_capped
 from llmlite.adapt.targets import LiveTeacher, Seen, Target, kept_targets, see
 from llmlite.adapt.teacher import Teacher
 
@@ -76,7 +76,7 @@ class Distillation:
 
     def __init__(self, model: Any, lessons: Lessons, weights: Weights, device: str = "cpu"):
         self.model, self.lessons, self.weights, self.device = model.to(device), lessons, weights, device
-        self.cap = model.config.to_dict().get("final_logit_softcapping")
+        self.config = model.config.to_dict()
         self.ids = torch.from_numpy(lessons.ids)
         self.projections = torch.nn.ModuleDict()
         if weights.hidden and isinstance(lessons.teacher, LiveTeacher):
@@ -132,7 +132,7 @@ class Distillation:
                 logits: torch.Tensor, part: slice, ids: Any = ids, target: Any = target, top: Any = likeliest
             ) -> Any:
                 nonlocal own, same
-                logits = self._capped(logits)
+                logits = soft_capped(logits, self.config)
                 following = ids[1:][part]
                 own += float(functional.cross_entropy(logits[: len(following)], following, reduction="sum"))
                 same += int((logits.argmax(-1) == top[part]).sum())
@@ -145,9 +145,6 @@ class Distillation:
 
     def _head(self) -> torch.Tensor:
         return self.model.get_output_embeddings().weight[: self.lessons.tokens]
-
-    def _capped(self, logits: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
     def _logits(
         self, states: torch.Tensor, ids: torch.Tensor, scored: torch.Tensor, target: Target | None
@@ -165,7 +162,7 @@ class Distillation:
         data = weights.data / known.sum().clamp(min=1)
 
         def measure(logits: torch.Tensor, part: slice) -> torch.Tensor:
-            logits = self._capped(logits)
+            logits = soft_capped(logits, self.config)
             value = torch.zeros((), device=logits.device)
             if target is not None:
                 teachers, students = target.compare(logits, part)

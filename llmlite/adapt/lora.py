@@ -17,6 +17,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from llmlite.adapt.conversations import IGNORED, Row, batch
+from llmlite.adapt.losses import soft_capped
 from llmlite.adapt.training import TrainSettings
 from llmlite.errors import InputError
 from llmlite.extras import need
@@ -159,8 +160,7 @@ def answer_loss(adapted: Any, rows: Sequence[Row]) -> tuple[torch.Tensor, int]:
 
 def _logits(base: Any, hidden: torch.Tensor) -> torch.Tensor:
     logits = base.get_output_embeddings()(hidden).float()
-    cap = base.config.get_text_config().to_dict().get("final_logit_softcapping")
-    return torch.tanh(logits / cap) * cap if cap else logits
+    return soft_capped(logits, base.config.get_text_config().to_dict())
 
 
 class AdapterTask:

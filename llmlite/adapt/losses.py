@@ -8,7 +8,7 @@ token next to nothing (DistiLLM, Ko et al. 2024, section 3.1).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -28,6 +28,12 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, loss: LossName) -> 
     if loss == "skew":
         student = torch.logaddexp(teacher + math.log(SKEW), student + math.log(1 - SKEW))
     return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def soft_capped(logits: torch.Tensor, config: Mapping[str, Any]) -> torch.Tensor:
+    """Logits as the model of a config.json bends them before the softmax, which gemma's do."""
+    cap = config.get("final_logit_softcapping")
+    return torch.tanh(logits / cap) * cap if cap else logits
 
 
 def outcomes(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

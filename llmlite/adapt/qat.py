@@ -19,10 +19,11 @@ import psutil
 import torch
 from accelerate import PartialState
 
+from llmlite.adapt.losses import divergence, head_sum, positions_held, soft_capped
 from llmlite.adapt.stored import Stored, refusal
 from llmlite.adapt.student import Student
-from llmlite.adapt.targets import keep_on_disk
-from llmlite.adapt.teacher import LOGIT_ROWS, Teacher, divergence, logits_of
+from llmlite.adapt.targets import keep_on_disk, kept_targets
+from llmlite.adapt.teacher import Teacher, held_rows, trained_rows
 from llmlite.adapt.training import Trained, TrainSettings, check_training, computing_dtype, train
 from llmlite.calibrate.moments import HELD_EVERY
 from llmlite.checkpoint.checkpoint import Checkpoint
@@ -109,8 +110,9 @@ def memory_needed(checkpoint: Checkpoint) -> int:
     sizes = {name: math.prod(entry.shape) for name, entry in checkpoint.tensors.items()}
     linears = sum(size for name, size in sizes.items() if name.startswith(LAYER) and "_proj." in name)
     outer = sizes[EMBEDDING] + (0 if checkpoint.tied else sizes[HEAD])
+    vocabulary = checkpoint.config["vocab_size"]
     # Latent, slope, two moments and a copy of the best in 4 bytes, the weight in 2, steps and codes in 1.
-    return (24 * linears + 8 * outer) * 5 // 4 + 4 * 10 * LOGIT_ROWS * checkpoint.config["vocab_size"]
+    return (24 * linears + 8 * outer) * 5 // 4 + 4 * 5 * positions_held(vocabulary) * vocabulary
 
 
 def qat(
@@ -135,12 +137,6 @@ def qat(
     return trained
 
 
-def held_rows(rows: int, most: int) -> list[int]:
-    """The rows that judge: every eighth, ``most`` of them spread over the text."""
-    held = np.arange(HELD_EVERY - 1, rows, HELD_EVERY)
-    return held[np.unique(np.linspace(0, len(held) - 1, min(len(held), most)).round().astype(int))].tolist()
-
-
 def _activations_fit(checkpoint: Checkpoint, tokens: int) -> bool:
     """Whether those of all layers may be kept for the backward pass."""
     wide = sum(
@@ -161,8 +157,7 @@ class QatTask:
         self.dtype = computing_dtype(settings.dtype, torch.device(student.device))
         self.head = student.head.to(self.dtype)
         self._ids, self._held = torch.from_numpy(ids), list(held)
-        judges = set(range(HELD_EVERY - 1, len(ids), HELD_EVERY))
-        self._trained = [row for row in range(len(ids)) if row not in judges]
+        self._trained = trained_rows(len(ids))
 
     @property
     def rows(self) -> int:
@@ -191,32 +186,11 @@ class QatTask:
 
     def _divergence(self, rows: list[int]) -> torch.Tensor:
         """Mean KL(base || student) in nats over the positions of the rows."""
-        return _Divergence.apply(self.student.hidden(self._ids[rows]), self, rows)
+        hidden = self.student.hidden(self._ids[rows]).flatten(0, 1)
+        target = kept_targets(self.teacher, rows, 1.0, self.student.device)
 
+        def measure(logits: torch.Tensor, part: slice) -> torch.Tensor:
+            known, found = target.compare(soft_capped(logits, self.student.checkpoint.config), part)
+            return divergence(known, found, "kl").sum() / len(hidden)
 
-class _Divergence(torch.autograd.Function):
-    """The mean divergence of some rows; the logits of a few positions are held at a time, in the forward pass only."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, task: QatTask, rows: list[int]) -> torch.Tensor:
-        leaf = hidden.detach().to(task.dtype).requires_grad_(ctx.needs_input_grad[0])
-        total = torch.zeros((), device=hidden.device)
-        share = 1 / (hidden.shape[0] * hidden.shape[1])
-        for place, row in enumerate(rows):
-            ids, logs = (part.to(hidden.device) for part in task.teacher.read(row))
-            for start in range(0, hidden.shape[1], LOGIT_ROWS):
-                part = slice(start, start + LOGIT_ROWS)
-                with torch.set_grad_enabled(leaf.requires_grad):
-                    logits = logits_of(leaf[place, part], task.head, task.student.checkpoint)
-                    kl = divergence(logits.float(), ids[part], logs[part]).sum() * share
-                if leaf.requires_grad:
-                    kl.backward()
-                total += kl.detach()
-        if leaf.grad is not None:
-            ctx.save_for_backward(leaf.grad.to(hidden.dtype))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (slope,) = ctx.saved_tensors
-        return slope * gradients[0], None, None
+        return head_sum(hidden, self.head, measure)

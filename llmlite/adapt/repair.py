@@ -20,7 +20,16 @@ import torch
 
 from llmlite.adapt.stored import Stored, Value, put_in_place, refusal, rewritten
 from llmlite.adapt.student import Student
-from llmlite.adapt.teacher import LOGIT_ROWS, Teacher, disk_needed, divergence, logits_of, teach
+from llmlite.adapt.teacher import (
+    LOGIT_ROWS,
+    Teacher,
+    disk_needed,
+    divergence,
+    held_rows,
+    logits_of,
+    teach,
+    trained_rows,
+)
 from llmlite.calibrate.moments import HELD_EVERY
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import refuse_full_disk
@@ -133,12 +142,10 @@ def repair(checkpoint: Checkpoint, stored: Stored, rows: Rows, settings: RepairS
 
 def _chosen(rows: int, settings: RepairSettings) -> tuple[list[int], list[int]]:
     """The row of each place in each step's batch, and the rows that judge, spread over the text."""
-    held = np.arange(HELD_EVERY - 1, rows, HELD_EVERY)
-    held = held[np.unique(np.linspace(0, len(held) - 1, min(len(held), settings.held_rows)).round().astype(int))]
-    others = np.array([row for row in range(rows) if row % HELD_EVERY != HELD_EVERY - 1])
+    others = trained_rows(rows)
     chance, wanted = np.random.default_rng(settings.seed), settings.steps * settings.batch_rows
     epochs = [chance.permutation(others) for _ in range(-(-wanted // len(others)))]
-    return np.concatenate(epochs)[:wanted].tolist(), held.tolist()
+    return np.concatenate(epochs)[:wanted].tolist(), held_rows(rows, settings.held_rows)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from llmlite.checkpoint import gguf_names
-from llmlite.checkpoint.artifact import GGUF_FILE
+from llmlite.checkpoint.artifact import GGUF_FILE, flush_directory
 from llmlite.checkpoint.checkpoint import Checkpoint, expected_shapes
 from llmlite.checkpoint.gguf_header import GgufTensor, read_gguf
 from llmlite.checkpoint.safetensors_index import NAMES, TensorEntry, read_index
@@ -60,9 +60,7 @@ def put_in_place(stored: Stored) -> None:
     """Replace each file of ``stored`` by what `Stored.rewrite` made of it, in one step that is on the disk after it."""
     for file in stored.files:
         os.replace(rewritten(file), file)
-        handle = os.open(file.parent, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        flush_directory(file.parent)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmlite.adapt.losses import soft_capped
+from llmlite.calibrate.moments import HELD_EVERY
 from llmlite.calibrate.stream import LayerStream
 from llmlite.checkpoint.checkpoint import Checkpoint, meta_model
 from llmlite.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
@@ -22,6 +24,17 @@ from llmlite.progress import track
 
 BATCH_TOKENS = 2048
 LOGIT_ROWS = 128  # positions whose logits over the vocabulary are held at a time
+
+
+def held_rows(rows: int, most: int) -> list[int]:
+    """The rows that judge: every eighth, ``most`` of them spread over the text."""
+    held = np.arange(HELD_EVERY - 1, rows, HELD_EVERY)
+    return held[np.unique(np.linspace(0, len(held) - 1, min(len(held), most)).round().astype(int))].tolist()
+
+
+def trained_rows(rows: int) -> list[int]:
+    """The rows of which none ever judges."""
+    return [row for row in range(rows) if row % HELD_EVERY != HELD_EVERY - 1]
 
 
 class Teacher:
@@ -120,9 +133,7 @@ def output_head(
 
 def logits_of(hidden: torch.Tensor, head: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
     """Logits [n, vocabulary] of final hidden states [n, hidden] after the last norm."""
-    logits = hidden @ head.T
-    cap = checkpoint.config.get("final_logit_softcapping")
-    return torch.tanh(logits / cap) * cap if cap else logits
+    return soft_capped(hidden @ head.T, checkpoint.config)
 
 
 def divergence(logits: torch.Tensor, ids: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llmlite.checkpoint.artifact import JOURNAL, TRAINING, write_json
+from llmlite.checkpoint.artifact import JOURNAL, TRAINING, flush_directory, write_json
 from llmlite.errors import InputError, OutsideError, first_line
 
 STATE = f"{TRAINING}state"
@@ -118,9 +118,7 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     with open(new, "rb") as written:
         os.fsync(written.fileno())
     new.rename(file)
-    handle = os.open(file.parent, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
+    flush_directory(file.parent)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
             for file in [partial / JOURNAL, *partial.glob(f"{TRAINING}*")]:
                 file.unlink(missing_ok=True)
             partial.rename(out)  # an empty directory in its place is replaced
-            _flush_directory(out.parent)
+            flush_directory(out.parent)
         except OSError as error:
             if error.errno in DISK_FAILED:
                 raise OutsideError(f"{out}: can't be written ({error.strerror}); nothing of it was kept") from None
@@ -135,11 +135,12 @@ def _flush(directory: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         else:
-            _flush_directory(path)
-    _flush_directory(directory)
+            flush_directory(path)
+    flush_directory(directory)
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """What was renamed into or out of a directory is on the disk when this returns."""
     handle = os.open(directory, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -159,7 +160,7 @@ def write_json(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    _flush_directory(path.parent)
+    flush_directory(path.parent)
 
 
 def read_manifest(directory: Path) -> dict | None:

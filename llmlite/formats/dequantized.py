@@ -23,7 +23,7 @@ from llmlite.errors import InputError
 from llmlite.formats.bitsandbytes import STATE, BitsAndBytes
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gguf.metadata import full_config, head_dim
-from llmlite.formats.reading import packed_format
+from llmlite.formats.reading import packed_format, unquantized
 
 DENSE = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -44,7 +44,7 @@ def open_dequantized(directory: Path) -> Checkpoint:
     whole = read_config(directory)
     if not whole.get("quantization_config"):
         return open_checkpoint(directory)
-    config = {key: value for key, value in whole.items() if key != "quantization_config"}
+    config = unquantized(whole)
     family = family_of(config, str(directory))
     index = read_index(directory)
     dense = [entry.dtype for entry in index.values() if len(entry.shape) == 1 and entry.dtype in DENSE]

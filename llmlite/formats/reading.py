@@ -34,6 +34,11 @@ class PackedFormat:
         return self.format.unpack(module, tensors, self.grid)
 
 
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of the same model with its weights as real numbers."""
+    return {key: value for key, value in config.items() if key != "quantization_config"}
+
+
 def packed_format(config: Mapping[str, Any], where: str) -> PackedFormat:
     """The format of a gptq or compressed-tensors checkpoint; `InputError` for what isn't read."""
     quantization = config["quantization_config"]

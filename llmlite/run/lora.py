@@ -37,6 +37,7 @@ from llmlite.errors import InputError, OutsideError, first_line
 from llmlite.evals.hf import load_tokenizer
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
+from llmlite.formats.reading import unquantized
 from llmlite.memory import keep_heap_small
 from llmlite.progress import console
 from llmlite.run.dense import ERROR_ADAPTER, weights_sha256
@@ -322,14 +323,10 @@ def _write(
             f"{done.directory}: can't be written ({first_line(error)}); nothing of it was kept"
         ) from None
     if settings.gguf:
-        write_gguf_lora(read_adapter(folder), _plain_config(directory), folder / GGUF_LORA)
+        write_gguf_lora(read_adapter(folder), unquantized(read_config(directory)), folder / GGUF_LORA)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in
     loss_curve(done.trained, folder / PICTURE, f"{settings.kind} of {Path(model).name}, {done.base}")
     write_manifest(folder, _manifest(done, data, settings, directory, model))
-
-
-def _plain_config(directory: Path) -> dict[str, Any]:
-    return {key: value for key, value in read_config(directory).items() if key != "quantization_config"}
 
 
 def _manifest(done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str) -> dict[str, Any]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from llmlite.adapt.training_state import STATE
-from llmlite.checkpoint.artifact import atomic_directory, partial_of, sha256_of
+from llmlite.checkpoint.artifact import atomic_directory, partial_of
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.progress import console
-from llmlite.run.journal import begin, read_journal
+from llmlite.run.journal import begin, describe_files, read_journal
 from llmlite.run.text import choose_device
 
 
@@ -67,16 +67,8 @@ def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator
 
 
 def describe_model(source: str, directory: Path) -> dict[str, Any]:
-    """What tells one model from another without reading all of it: its config, and its files' sizes and times.
-
-    A GGUF file stands for itself: the ``directory`` that it is imported into is made anew by each run.
-    """
-    if source.endswith(".gguf"):
-        files = [Path(source)]
-    else:
-        files = sorted({entry.file for entry in read_index(directory).values()})
-    weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    return {"source": source, "config.json": sha256_of(directory / "config.json"), **weights}
+    """`describe_files` of a model whose weights lie in ``directory``."""
+    return describe_files(source, directory, {entry.file for entry in read_index(directory).values()})
 
 
 def _say(sentence: str) -> None:

@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmlite.adapt.linears import TrainedLinear
-from llmlite.adapt.qat import EXPERIMENTAL, QatSettings, QatTask, check_qat, held_rows, qat
+from llmlite.adapt.qat import EXPERIMENTAL, QatSettings, QatTask, check_qat, qat
 from llmlite.adapt.stored import put_in_place
 from llmlite.adapt.student import Student
-from llmlite.adapt.teacher import teach
+from llmlite.adapt.teacher import held_rows, teach
 from llmlite.errors import InputError
 from llmlite.formats.gguf import types as gguf
 from llmlite.plan.target import parse_target
