@@ -106,11 +106,16 @@ class Chat:
 
     @property
     def replies(self):
-        return self.page.locator(".from-model .prose").all_inner_texts()
+        return self.shown(".from-model .prose")
 
     @property
     def mine(self):
-        return self.page.locator(".bubble").all_inner_texts()
+        return self.shown(".bubble")
+
+    def shown(self, selector):
+        """Texts as they are drawn: a message that has just been put on the page has none before the next frame."""
+        self.page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+        return self.page.locator(selector).all_inner_texts()
 
     @property
     def stats(self):
