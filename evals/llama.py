@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -102,6 +103,7 @@ class Llama:
         self.model: int | None = self._load_model()
         self.vocab = self.api.llama_model_get_vocab(self.model)
         self.vocab_size: int = self.api.llama_vocab_n_tokens(self.vocab)
+        self._lora: Any = None
         self.context = self._new_context()
         self.batch = Batch(self.api, settings.batch)
 
@@ -156,7 +158,21 @@ class Llama:
                 "a smaller context needs less memory"
             )
         self._sizes = tuple(_sizes)
+        self._set_lora(context)
         return context
+
+    def use_lora(self, file: Path) -> None:
+        """Compute with a LoRA adapter from now on; `InputError` for a file that is no adapter of this model."""
+        _log.clear()
+        self._lora = self.api.llama_adapter_lora_init(self.model, os.fsencode(file))
+        if not self._lora:
+            raise InputError(f"{file}: llama.cpp can't load it as an adapter of {self.file} ({_reason()})")
+        self._set_lora(self.context)
+
+    def _set_lora(self, context: int | None) -> None:
+        if self._lora:
+            adapters = (self.api.llama_adapter_lora_p_ctypes * 1)(self._lora)
+            self.api.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0))
 
     def _type(self, name: str) -> int:
         return BF16 if name == "bf16" else int(getattr(self.api, f"GGML_TYPE_{name.upper()}"))

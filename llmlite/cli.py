@@ -44,8 +44,8 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"llmlite {__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     for add in (
-        _add_import, _add_quantize, _add_imatrix, _add_eval, _add_compare, _add_gate, _add_report, _add_serve, _add_key,
-        _add_chat,
+        _add_import, _add_quantize, _add_imatrix, _add_lora, _add_merge, _add_distill, _add_eval,
+        _add_compare, _add_gate, _add_report, _add_serve, _add_key, _add_chat,
     ):  # fmt: skip
         add(verbs)
     return parser
@@ -140,6 +140,28 @@ def _imatrix(given: argparse.Namespace) -> int:
     return 0
 
 
+def _add_merge(verbs: Any) -> None:
+    from llmlite.run.merge import MergeSettings
+
+    text = "merge a LoRA adapter into its base, at 16 bits or rounded again"
+    parser = _verb(verbs, "merge", _merge, text, MergeSettings)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint, an artifact, a GGUF file or a hub id")
+    parser.add_argument("adapter", metavar="ADAPTER", help="the directory of an adapter saved by peft")
+    _out(parser)
+    _json(parser)
+
+
+def _merge(given: argparse.Namespace) -> int:
+    from llmlite.run.merge import MergeSettings, merge
+
+    done = merge(given.model, given.adapter, given.out, settings_from(MergeSettings, given, given.recipe))
+    facts = done.to_json()
+    _write_json(facts, given.json)
+    if given.json != "-":
+        print(f"{given.out}: {facts['format']}, {facts['bytes'] / 1e6:,.1f} MB, {done.changed} weights merged")
+    return 0
+
+
 def _add_eval(verbs: Any) -> None:
     from llmlite.evals.evaluate import EvalSettings
 
@@ -150,10 +172,13 @@ def _add_eval(verbs: Any) -> None:
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="also draw divergence and perplexity against size"
     )
+    parser.add_argument("--draft-for", metavar="TEACHER", help="instead: measure ARTIFACT as a draft of this GGUF")
     _json(parser)
 
 
 def _eval(given: argparse.Namespace) -> int:
+    if given.draft_for is not None:
+        return _eval_draft(given)
     from llmlite.evals.evaluate import EvalSettings, evaluate, save_in_manifest
     from llmlite.evals.resources_table import show_resources
     from llmlite.evals.table import check_picture, picture, show, show_worst
@@ -169,6 +194,16 @@ def _eval(given: argparse.Namespace) -> int:
         show_worst(measured)
         show_resources(measured)
     save_in_manifest(given.artifact, measured)
+    return 0
+
+
+def _eval_draft(given: argparse.Namespace) -> int:
+    from llmlite.serve.draft_figures import eval_draft
+
+    found = eval_draft(given.artifact, given.draft_for, vars(given))
+    _write_json(found.to_json(), given.json)
+    if given.json != "-":
+        print(found)
     return 0
 
 
@@ -241,6 +276,45 @@ def _report(given: argparse.Namespace) -> int:
     _write_json(report.to_json(), given.json)
     if given.json != "-":
         print("\n".join(report.written) or "nothing to write: name a page with -o, --markdown or --model-card")
+    return 0
+
+
+def _add_lora(verbs: Any) -> None:
+    from llmlite.run.lora import LoraSettings
+
+    parser = _verb(verbs, "lora", _lora, "train an adapter of a model on chats", LoraSettings)
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint directory or a hub id, 16 bits or quantized")
+    _out(parser)
+    _json(parser)
+
+
+def _lora(given: argparse.Namespace) -> int:
+    from llmlite.run.adapting import run_lora
+    from llmlite.run.lora import LoraSettings
+
+    facts, sentence = run_lora(given.model, given.out, settings_from(LoraSettings, given, given.recipe))
+    _write_json(facts, given.json)
+    if given.json != "-":
+        print(sentence)
+    return 0
+
+
+def _add_distill(verbs: Any) -> None:
+    from llmlite.run.distill import DistillSettings
+
+    text = "make a smaller student, and train it on its teacher's predictions"
+    parser = _verb(verbs, "distill", _distill, text, DistillSettings)
+    _out(parser)
+    _json(parser)
+
+
+def _distill(given: argparse.Namespace) -> int:
+    from llmlite.run.distilling import run_distill
+
+    done = run_distill(given)
+    _write_json(done.to_json(), given.json)
+    if given.json != "-":
+        print(done)
     return 0
 
 

@@ -98,7 +98,7 @@ class ChatAnswer(Answer):
         self._parsers: list[CallParser] = []
         if calling is not None:
             names = frozenset(function.name for function in calling.functions)
-            self._parsers = [CallParser(calling.format, names) for _ in prompts]
+            self._parsers = [CallParser(calling.format, names, calling.required) for _ in prompts]
         self._scored: list[list[TokenScore]] = [[] for _ in prompts]
 
     def opening(self) -> list[dict[str, Any]]:

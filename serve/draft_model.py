@@ -113,11 +113,11 @@ class DraftModel:
             free = free or [place for place in self._places if place.owner not in sequences]
             if not free:
                 continue
-            place = max(free, key=lambda place: _common(place.held, sequence.tokens))
+            place = max(free, key=lambda place: common_length(place.held, sequence.tokens))
             if place.owner is not None:
                 place.owner.place = None
             place.owner, sequence.place = sequence, place
-            place.agreed = _common(place.held, sequence.tokens)
+            place.agreed = common_length(place.held, sequence.tokens)
 
     def _catch_up(self, sequences: list[DraftSequence]) -> dict[DraftSequence, np.ndarray]:
         """Run what was drawn since; logits of those that are in step by that."""
@@ -201,10 +201,6 @@ def _check_vocabulary(draft: Llama, target: Llama) -> None:
                 f"draft {draft.file}: token {token} is {theirs!r}, the model's is {ours!r}: a draft needs the same "
                 "vocabulary"
             )
-
-
-def _common(held: list[int], tokens: list[int]) -> int:
-    return common_length(np.array(held, np.int32), np.array(tokens, np.int32))
 
 
 def _agreed(place: _Place, tokens: list[int]) -> int:

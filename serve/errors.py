@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from llmlite.serve.engines.base import NoRoom
 from llmlite.serve.inbox import ClientGone
@@ -20,6 +21,8 @@ from llmlite.serve.structured.matcher import GrammarTooHard
 UNION_BRANCHES = (*BRANCHES, "<message>", "<function_call>", "<function_call_output>")
 
 log = logging.getLogger("llmlite.serve")
+
+METHODS = ("DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT")
 
 ANTHROPIC_PATH = "/v1/messages"
 """Where errors have Anthropic's shape."""
@@ -110,11 +113,19 @@ def install(app: FastAPI) -> None:
             405: f"{request.url.path} does not take {request.method}",
         }
         message = messages.get(error.status_code, str(error.detail))
-        return ApiError(error.status_code, message, headers=error.headers).response(request.url.path)
+        headers = {"Allow": _methods(request)} if error.status_code == 405 else error.headers
+        return ApiError(error.status_code, message, headers=headers).response(request.url.path)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response(request.url.path)
+
+
+def _methods(request: Request) -> str:
+    """What a path takes: the router itself names those of its first route alone."""
+    routes, scope = request.app.routes, request.scope
+    taken = [m for m in METHODS if any(r.matches({**scope, "method": m})[0] == Match.FULL for r in routes)]
+    return ", ".join(taken)
 
 
 def _first_problem(error: RequestValidationError) -> ApiError:

@@ -124,7 +124,7 @@ class Conversation(Strict):
     tools: list[Tool] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
-    thinking: Annotated[Any, only({"type": "disabled"})] = None
+    thinking: Annotated[Any, only({"type": "disabled"})] = None  # replies are not told apart into thoughts and words
     cache_control: CacheControl | None = None
 
     def as_chat(self) -> ChatRequest:

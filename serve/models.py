@@ -59,6 +59,7 @@ class Model:
         self.service: Service | None = None
         self.failure: str | None = None
         self.restarts = 0
+        self._draining = False
         self._settings = settings
         self._lock = asyncio.Lock()
         self._users = 0
@@ -90,9 +91,17 @@ class Model:
                 opened = await asyncio.to_thread(self.spec.open)
                 self.service = Service(opened, self._settings, self.spec)
                 self.service.scheduler.start()
+                if self._draining:  # it was not, when loading began
+                    self.service.scheduler.drain()
                 self.failure = None
                 self._loaded = self._used = time.monotonic()
             return self.service
+
+    def drain(self) -> None:
+        """Refuse what is new and what has not begun, also where that waits for the model to be loaded."""
+        self._draining = True
+        if self.service is not None:
+            self.service.scheduler.drain()
 
     async def unload(self) -> None:
         """Stop the engine thread, which tells who waits for it; free the weights when they have left."""
@@ -101,13 +110,19 @@ class Model:
             if service is None:
                 return
             await asyncio.to_thread(service.stop)
-            end = time.monotonic() + LEAVING
-            while self._users and time.monotonic() < end:
-                await asyncio.sleep(0.01)
+            await self._left()
+            await asyncio.to_thread(service.stop_reading)
+            await self._left()
             try:
                 await asyncio.to_thread(service.close)
             except Exception as error:  # whatever a dead engine does, another is opened in its place
                 log.error("%s could not be freed in good order", self.spec.name, exc_info=error)
+
+    async def _left(self) -> None:
+        """Wait until nobody uses the model, for a time."""
+        end = time.monotonic() + LEAVING
+        while self._users and time.monotonic() < end:
+            await asyncio.sleep(0.01)
 
     async def look(self, idle: float | None) -> None:
         """Do what is due: open a dead engine again, unload one that nobody used for ``idle`` seconds."""
@@ -190,8 +205,7 @@ class Models:
         """Refuse what is new and what has not begun; what runs goes on."""
         self.draining = True
         for model in self.models:
-            if model.service is not None:
-                model.service.scheduler.drain()
+            model.drain()
 
     async def close(self) -> None:
         """Stop every engine."""

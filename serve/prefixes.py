@@ -261,10 +261,10 @@ def _remove(file: Path) -> None:
         log.warning("%s can't be removed: %s", file, error)
 
 
-def common_length(one: np.ndarray, other: np.ndarray) -> int:
+def common_length(one: np.ndarray | list[int], other: np.ndarray | list[int]) -> int:
     """How many token ids two rows have in common from the start."""
     most = min(len(one), len(other))
-    unequal = np.flatnonzero(one[:most] != other[:most])
+    unequal = np.flatnonzero(np.asarray(one[:most], np.int32) != np.asarray(other[:most], np.int32))
     return int(unequal[0]) if len(unequal) else most
 
 

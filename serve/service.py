@@ -25,7 +25,7 @@ from llmlite.serve.scheduler import EngineDead, QueueFull, Scheduler, SchedulerS
 from llmlite.serve.schema import Generating
 from llmlite.serve.settings import ServeSettings
 from llmlite.serve.shape import grammar_of
-from llmlite.serve.structured.compiler import Compiler
+from llmlite.serve.structured.compiler import Compiler, CompilerClosed
 from llmlite.serve.structured.grammar import Grammar
 from llmlite.serve.structured.schema import InvalidGrammar
 from llmlite.serve.tools.calling import Calling
@@ -77,25 +77,38 @@ class Service:
         """End the engine thread: whoever waits for it is told. Blocks."""
         self.scheduler.stop()
 
-    def close(self) -> None:
-        """Free the model, after `stop`. Blocks."""
+    def stop_reading(self) -> None:
+        """Refuse texts and grammars from now on, and finish those that are being read. Blocks."""
         self._text_thread.shutdown()
         self._compiler.close()
+
+    def close(self) -> None:
+        """Free the model, after `stop` and `stop_reading`. Blocks."""
         self.engine.close_model()
         if self._draft is not None:
             self._draft.close()
 
     async def encode(self, text: str) -> list[int]:
         """Token ids of a text, off the event loop: a megabyte takes a second."""
-        return await asyncio.get_running_loop().run_in_executor(self._text_thread, self.engine.encode, text)
+        return await self._read(self.engine.encode, text)
+
+    async def _read(self, function: Callable[..., T], *given: Any) -> T:
+        """What a function returned on the thread for texts. Raises 503 where the model is being closed."""
+        try:
+            reading = asyncio.get_running_loop().run_in_executor(self._text_thread, function, *given)
+        except RuntimeError:  # the thread takes no more
+            raise self._closing() from None
+        return await reading
+
+    def _closing(self) -> ApiError:
+        return as_api_error(EngineDead() if self.scheduler.dead else ShuttingDown())
 
     def _encode_plain(self, text: str) -> list[int]:
         return self.engine.encode(text)[len(self.engine.encode("")) :]
 
     async def encode_chat(self, messages: list[dict[str, Any]], calling: Calling | None = None) -> list[int]:
         """Token ids of a conversation in which the model is told of its tools. Raises `ChatTemplateError`."""
-        work = self._encode_chat
-        return await asyncio.get_running_loop().run_in_executor(self._text_thread, work, messages, calling)
+        return await self._read(self._encode_chat, messages, calling)
 
     def _encode_chat(self, messages: list[dict[str, Any]], calling: Calling | None) -> list[int]:
         told = conversation(messages, self.call_format, calling)
@@ -115,14 +128,15 @@ class Service:
         """
         if request.dry_multiplier:
             breakers = DRY_BREAKERS if request.dry_sequence_breakers is None else request.dry_sequence_breakers
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._text_thread, self._breakers.breakers, breakers)
+            found = await self._read(self._breakers.breakers, breakers)
             works = [replace(work, sampling=_with_breakers(work.sampling, found)) for work in works]
         try:
             grammar = grammar_of(request, calling)
             if grammar is None:
                 return works
             constraint = await self._compile(grammar, calling)
+        except CompilerClosed:
+            raise self._closing() from None
         except InvalidGrammar as error:
             raise ApiError(400, str(error), error.field, "invalid_value") from None
         return [replace(work, constraint=constraint, shown=self._compiler.shown) for work in works]

@@ -1,10 +1,12 @@
 """Tiny random models with real tokenizers, and llama.cpp as the reader of their GGUF files."""
 
 import json
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -182,6 +184,17 @@ def write_dense(checkpoint: Checkpoint, path: Path, kind: str = "f32") -> Path:
 
 def gguf_of(directory: Path, kind: str = "f32") -> Path:
     return write_dense(open_checkpoint(directory), directory / f"{kind}.gguf", kind)
+
+
+def tiny_models(folder: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Gives the checkpoint of a name of `CONFIGS` and its f32 GGUF file, made when first asked for."""
+
+    @cache
+    def get(name: str) -> tuple[Path, Path]:
+        directory = save_tiny(name, folder.mktemp(name))
+        return directory, gguf_of(directory)
+
+    return get
 
 
 class LlamaCpp:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.conformance.result import Suite, Waived
+from benchmarks.conformance.result import Suite
 from llmlite.evals.engines import open_engine
 from llmlite.evals.generate import reader_of
 from llmlite.evals.tasks.run import TaskScore, TaskSettings, find_tasks, run_tasks
@@ -116,5 +116,4 @@ def run_harness(model: Path, url: str, tokenizer: Path, data: Path, folder: Path
         shown = ", ".join(f"{metric} {value.value:.4g}" for metric, value in score.metrics.items())
         notes.append(f"{kind} {name}, {score.questions} questions: {shown}")
         (passed if problem is None else failed).append(f"{kind} {name}" + (f": {problem}" if problem else ""))
-    none: list[Waived] = []
-    return Suite("lm-eval local-completions, local-chat-completions", version, passed, none, failed, notes)
+    return Suite("lm-eval local-completions, local-chat-completions", version, passed, failed, notes=notes)

@@ -55,7 +55,8 @@ def read_corpus(source: str) -> Corpus:
     """A .txt, .jsonl or .json file, or the name of a dataset; `InputError` for one that can't be read.
 
     Plain text is one document. A JSON record is a text (``text``), a chat (``messages`` or ``conversations``), or
-    an instruction with its answer (``instruction``, ``input``, ``output``, or ``instances`` of the last two).
+    an instruction with its answer (``instruction``, ``input``, ``output``, or ``instances`` of the last two; or
+    ``prompt``, ``completion``).
     A dataset is named owner/name, owner/name:config or owner/name:config:split (needs the package ``datasets``).
     """
     path = Path(source)
@@ -112,9 +113,21 @@ def _record(record: object, where: str) -> Document:
         for key in ("messages", "conversations"):
             if isinstance(record.get(key), list):
                 return Document(messages=tuple(_message(m, where) for m in record[key]))
+        if "prompt" in record and "completion" in record:
+            asked, answered = _turns(record["prompt"], "user", where), _turns(record["completion"], "assistant", where)
+            return Document(messages=asked + answered)
         if isinstance(record.get("instruction"), str):
             return Document(messages=_instruction(record, where))
-    raise InputError(f"{where}: none of the fields text, messages, conversations or instruction is there")
+    raise InputError(f"{where}: none of the fields text, messages, conversations, prompt or instruction is there")
+
+
+def _turns(part: object, role: str, where: str) -> tuple[Message, ...]:
+    """A prompt or a completion: one message's text, or a list of messages."""
+    if isinstance(part, str):
+        return ({"role": role, "content": part},)
+    if isinstance(part, list):
+        return tuple(_message(message, where) for message in part)
+    raise InputError(f"{where}: a prompt and a completion need to be strings, or lists of messages")
 
 
 def _message(message: object, where: str) -> Message:
@@ -131,7 +144,10 @@ def _instruction(record: dict, where: str) -> tuple[Message, ...]:
     first = instances[0] if isinstance(instances, list) and instances else record
     if not isinstance(first, dict) or not isinstance(first.get("output"), str):
         raise InputError(f"{where}: an instruction needs an output, a string")
-    asked = "\n\n".join(part for part in (record["instruction"], first.get("input") or "") if part)
+    more = first.get("input") or ""
+    if not isinstance(more, str):
+        raise InputError(f"{where}: the input of an instruction needs to be a string")
+    asked = "\n\n".join(part for part in (record["instruction"], more) if part)
     return ({"role": "user", "content": asked}, {"role": "assistant", "content": first["output"]})
 
 

@@ -16,6 +16,7 @@ from llmlite.errors import InputError, OutsideError
 
 MANIFEST = "llmlite.json"
 JOURNAL = ".journal.json"  # in a partial directory that another run can go on with
+TRAINING = ".training-"  # begins the names of files that a trainer goes on from; they are in no finished artifact
 GGUF_FILE = "model.gguf"  # the weights of a GGUF artifact
 DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SPARE_BYTES = 16 * 2**20  # for configs, tokenizer and the file system's own needs
@@ -36,9 +37,10 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
         try:
             yield partial
             _flush(partial)
-            (partial / JOURNAL).unlink(missing_ok=True)
+            for file in [partial / JOURNAL, *partial.glob(f"{TRAINING}*")]:
+                file.unlink(missing_ok=True)
             partial.rename(out)  # an empty directory in its place is replaced
-            _flush_directory(out.parent)
+            flush_directory(out.parent)
         except OSError as error:
             if error.errno in DISK_FAILED:
                 raise OutsideError(f"{out}: can't be written ({error.strerror}); nothing of it was kept") from None
@@ -133,11 +135,12 @@ def _flush(directory: Path) -> None:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
         else:
-            _flush_directory(path)
-    _flush_directory(directory)
+            flush_directory(path)
+    flush_directory(directory)
 
 
-def _flush_directory(directory: Path) -> None:
+def flush_directory(directory: Path) -> None:
+    """What was renamed into or out of a directory is on the disk when this returns."""
     handle = os.open(directory, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -157,7 +160,7 @@ def write_json(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
-    _flush_directory(path.parent)
+    flush_directory(path.parent)
 
 
 def read_manifest(directory: Path) -> dict | None:

@@ -42,6 +42,11 @@ class TensorEntry:
     def nbytes(self) -> int:
         return self.stop - self.start
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it is read from."""
+        return (self.file,)
+
     def read(self) -> torch.Tensor:
         """The tensor in its stored dtype, in memory of its own."""
         out = torch.empty(self.shape, dtype=self.dtype)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -147,6 +147,29 @@ class BitsAndBytes:
         pairs = codes.reshape(-1, 2)
         shape = (codes.shape[0], codes.shape[1])
         return self._nf4_tensors(module, shape, (pairs[:, :1] << 4) | pairs[:, 1:], stored)
+
+    def read(self, module: str, tensors: Mapping[str, torch.Tensor], shape: tuple[int, int]) -> Rounded:
+        """The codes and scales that an nf4 weight of ``shape`` (out, in) has in the tensors of ``layout``."""
+        assert self.grid is not None
+        packed = tensors[f"{module}.weight"].view(-1)
+        codes = torch.stack([packed >> 4, packed & 15], dim=1).view(shape)
+        scales = tensors[f"{module}.weight.absmax"]
+        if self.double_quantization:
+            nested = tensors[f"{module}.weight.nested_absmax"].repeat_interleave(NESTED_BLOCK)[: len(scales)]
+            offset = json.loads(bytes(tensors[f"{module}.{STATE}"].tolist()))["nested_offset"]
+            scales = tensors[f"{module}.weight.nested_quant_map"][scales.long()] * nested + offset
+        return Rounded(self.grid, codes, Ranges(scales.view(shape[0], -1)))
+
+    def unpack(self, module: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weight a reader computes with, float32 [out, in]: multiplied out by the library, in the model's dtype."""
+        stored = tensors[f"{module}.weight"]
+        if self.kind == "int8":
+            return stored.float() * tensors[f"{module}.SCB"].float()[:, None] / 127
+        functional = need("bnb", "bitsandbytes.functional")
+        whole = f"{module}.weight."
+        parts = {name.removeprefix(whole): tensor for name, tensor in tensors.items() if name.startswith(whole)}
+        state = functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        return functional.dequantize_4bit(stored, state).float()
 
     def config(self, ignored: Sequence[str]) -> dict[str, object]:
         """The ``quantization_config`` of config.json.

@@ -15,7 +15,7 @@ import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.formats.packing import pack_int32, unpack_int32, words
-from llmlite.quantize.types import Grid, Rounded
+from llmlite.quantize.types import Grid, Ranges, Rounded
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,16 @@ class PackQuantized:
             zeros = torch.full((out, groups), grid.levels // 2, dtype=torch.int16)
         steps = (codes.to(torch.int16) - zeros[..., None]).to(self.dtype)
         return (steps * scales[..., None]).view(out, width).float()
+
+    def read(self, module: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> Rounded:
+        """The codes and ranges that the tensors of ``layout`` hold; `pack` of them is the same tensors."""
+        out, width = tensors[f"{module}.weight_shape"].tolist()
+        codes = unpack_int32(tensors[f"{module}.weight_packed"], grid.bits, width)
+        offsets = None
+        if grid.zero == "integer":
+            packed = tensors[f"{module}.weight_zero_point"].T
+            offsets = unpack_int32(packed, grid.bits, out).T.float().contiguous()
+        return Rounded(grid, codes, Ranges(tensors[f"{module}.weight_scale"].float(), offsets))
 
     def config(self, grid: Grid, ignored: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, object]:
         """The ``quantization_config`` of config.json.

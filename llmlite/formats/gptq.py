@@ -18,7 +18,7 @@ import torch
 
 from llmlite.checkpoint.safetensors_writer import TensorSpec
 from llmlite.formats.packing import pack_int32, unpack_int32, words
-from llmlite.quantize.types import Grid, Rounded
+from llmlite.quantize.types import Grid, Ranges, Rounded
 
 BITS = (2, 3, 4, 8)
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # SUPPORTS_GROUP_SIZE of GPTQModel 7.7's portable kernel, beside -1
@@ -103,6 +103,16 @@ class Gptq:
         steps = codes.T.to(torch.int16) - zeros[index].to(torch.int16)
         weight = (scales[index] * steps).to(self.dtype)
         return weight.T.float().contiguous()
+
+    def read(self, module: str, tensors: Mapping[str, torch.Tensor], grid: Grid) -> Rounded:
+        """The codes and ranges that the tensors of ``layout`` hold; `pack` of them is the same tensors."""
+        scales = tensors[f"{module}.scales"].T.float().contiguous()
+        index = tensors[f"{module}.g_idx"].long()
+        codes = unpack_int32(tensors[f"{module}.qweight"].T, grid.bits, len(index))
+        offsets = None
+        if grid.zero == "integer":
+            offsets = unpack_int32(tensors[f"{module}.qzeros"], grid.bits, len(scales)).T.float().contiguous()
+        return Rounded(grid, codes, Ranges(scales, offsets), index if self.act_order else None)
 
     def config(self, grid: Grid, ignored: Sequence[str], quantized: Sequence[str] = ()) -> dict[str, object]:
         """The ``quantization_config`` of config.json.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,9 +73,10 @@ def describe_run(
     calibration = None
     if rows is not None:
         calibration = f"{list(rows.ids.shape)} " + hashlib.sha256(rows.ids.tobytes()).hexdigest()
+    files = {file for entry in checkpoint.tensors.values() for file in entry.files}
     return {
         "llmlite": __version__,
-        "base": _base(checkpoint),
+        "base": describe_files(checkpoint.source, checkpoint.directory, files),
         "plan": plan.sha256,
         "calibration": calibration,
         "device": device,
@@ -82,14 +84,14 @@ def describe_run(
     }
 
 
-def _base(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The files of a checkpoint: a GGUF file for itself, whatever directory it was imported into."""
-    if checkpoint.source.endswith(".gguf"):
-        files = [Path(checkpoint.source)]
-    else:
-        files = sorted({entry.file for entry in checkpoint.tensors.values()})
-    weights = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
-    return {"source": checkpoint.source, "config.json": sha256_of(checkpoint.directory / "config.json"), **weights}
+def describe_files(source: str, directory: Path, weights: Iterable[Path]) -> dict[str, Any]:
+    """What tells one model from another without reading all of it: its config, and its files' sizes and times.
+
+    A GGUF file stands for itself: the ``directory`` that it is imported into is made anew by each run.
+    """
+    files = [Path(source)] if source.endswith(".gguf") else sorted(weights)
+    told = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return {"source": source, "config.json": sha256_of(directory / "config.json"), **told}
 
 
 def _flat(tree: dict[str, Any], before: str = "") -> dict[str, Any]:

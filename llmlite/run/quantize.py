@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 
 from llmlite import __version__
 from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair
+from llmlite.adapt.stored import open_stored
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import (
-    GGUF_FILE,
     atomic_directory,
     refuse_existing,
     refuse_full_disk,
@@ -87,49 +88,56 @@ def quantize(model: str | Path, out: str | Path, settings: QuantizeSettings) -> 
         raise InputError(f"-o {out}: name a directory; the GGUF file will be {out.with_suffix('')}/model.gguf")
     device = choose_device(settings.device, settings.threads)
     with opened(str(model), settings.revision, out) as checkpoint:
-        chosen, rows = _with_types(checkpoint, settings, device)
-        target = parse_target(chosen.to or "")
-        types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act, chosen.types)
-        plan = make_plan(checkpoint, target, types, "imatrix" if settings.imatrix else settings.solver)
-        _check_solver_options(settings, plan)
-        flattered = _low_bit_share(checkpoint)
-        if flattered > 0.5:
-            console.print(
-                f"warning: {flattered:.0%} of the sampled weights of {model} already lie on a grid of 4 bits or fewer; "
-                "figures for what is made from them flatter the rounding",
-                style="yellow",
-            )
-        if rows is None and ((plan.calibrated and not settings.imatrix) or settings.repair):
-            rows = _rows(checkpoint, settings)
-        tuning = RepairSettings(steps=settings.repair_steps, device=device)
-        if settings.repair:
-            assert rows is not None
-            check_repair(checkpoint, target.format, rows.ids, tuning)
-        importance = _importance(checkpoint, plan, settings)
-        networks = _networks(settings, plan)
-        _check_disk(out, checkpoint, plan, rows, networks)
-        _tell_memory(checkpoint, plan, networks)
-        journal = _journal(out, checkpoint, plan, rows, settings, device)
-        with _kept_when_interrupted(journal), atomic_directory(out, resume=journal.layers > 0) as directory:
-            sink = open_sink(directory, checkpoint, plan, types, rows, reopen=journal.layers > 0)
-            notes = (*plan.notes, *sink.notes)
-            for note in notes:
-                console.print(f"note: {note}", style="yellow", markup=False)
-            job = Job(checkpoint, plan, sink, _work(settings, device, directory, networks > 1, importance), journal)
-            try:
-                calibration = rows if plan.calibrated and not settings.imatrix else None
-                if calibration is not None and journal.layers < checkpoint.num_layers:
-                    console.print(f"time: about {_spoken(job.estimate(calibration))} for the layers", style="dim")
-                errors = job.run(calibration)
-                sink.close()
-            finally:
-                sink.abandon()
-            repaired = None
-            if settings.repair and rows is not None:
-                repaired = repair(checkpoint, directory / GGUF_FILE, rows, tuning, directory)
-                notes += (repaired.note,) if repaired.note else ()
-            done = Quantized(out, plan, errors, flattered, notes, job.seconds, chosen.allocation, repaired)
-            write_manifest(directory, _manifest(checkpoint, done, rows, settings))
+        return quantize_checkpoint(checkpoint, out, settings, device)
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint, out: Path, settings: QuantizeSettings, device: str, told: Mapping[str, Any] | None = None
+) -> Quantized:
+    """What `quantize` does once its model is open; ``told`` goes into the manifest too."""
+    chosen, rows = _with_types(checkpoint, settings, device)
+    target = parse_target(chosen.to or "")
+    types = type_table(target, stored_dtype(checkpoint, target), settings.desc_act, chosen.types)
+    plan = make_plan(checkpoint, target, types, "imatrix" if settings.imatrix else settings.solver)
+    _check_solver_options(settings, plan)
+    flattered = _low_bit_share(checkpoint)
+    if flattered > 0.5:
+        console.print(
+            f"warning: {flattered:.0%} of the sampled weights of {checkpoint.source} already lie on a grid of 4 bits "
+            "or fewer; figures for what is made from them flatter the rounding",
+            style="yellow",
+        )
+    if rows is None and ((plan.calibrated and not settings.imatrix) or settings.repair):
+        rows = _rows(checkpoint, settings)
+    tuning = RepairSettings(steps=settings.repair_steps, device=device)
+    if settings.repair:
+        assert rows is not None
+        check_repair(checkpoint, types, rows.ids, tuning)
+    importance = _importance(checkpoint, plan, settings)
+    networks = _networks(settings, plan)
+    _check_disk(out, checkpoint, plan, rows, networks)
+    _tell_memory(checkpoint, plan, networks)
+    journal = _journal(out, checkpoint, plan, rows, settings, device)
+    with _kept_when_interrupted(journal), atomic_directory(out, resume=journal.layers > 0) as directory:
+        sink = open_sink(directory, checkpoint, plan, types, rows, reopen=journal.layers > 0)
+        notes = (*plan.notes, *sink.notes)
+        for note in notes:
+            console.print(f"note: {note}", style="yellow", markup=False)
+        job = Job(checkpoint, plan, sink, _work(settings, device, directory, networks > 1, importance), journal)
+        try:
+            calibration = rows if plan.calibrated and not settings.imatrix else None
+            if calibration is not None and journal.layers < checkpoint.num_layers:
+                console.print(f"time: about {_spoken(job.estimate(calibration))} for the layers", style="dim")
+            errors = job.run(calibration)
+            sink.close()
+        finally:
+            sink.abandon()
+        repaired = None
+        if settings.repair and rows is not None:
+            repaired = repair(checkpoint, open_stored(checkpoint, directory, types), rows, tuning, directory)
+            notes += (repaired.note,) if repaired.note else ()
+        done = Quantized(out, plan, errors, flattered, notes, job.seconds, chosen.allocation, repaired)
+        write_manifest(directory, {**_manifest(checkpoint, done, rows, settings), **(told or {})})
     return done
 
 

@@ -10,17 +10,11 @@ from llmlite.run.text import check_row_length
 
 
 @dataclass(frozen=True)
-class QuantizeSettings:
-    """What `quantize` can be told."""
+class RoundingSettings:
+    """What `quantize` and `merge` can be told of how weights are rounded."""
 
     to: str | None = field(
         default=None, metadata={"help": "FORMAT:TYPE, as in gguf:q4_k_m, gptq:w4g128, compressed-tensors:w4a16g64"}
-    )
-    target_size: str | None = field(
-        default=None, metadata={"help": "in place of TO: size of the GGUF file, as in 2.5GB; each tensor gets a type"}
-    )
-    target_bpw: float | None = field(
-        default=None, metadata={"help": "in place of TO: bits per weight of the GGUF file; each tensor gets a type"}
     )
     solver: SolverName = field(
         default="auto",
@@ -35,6 +29,26 @@ class QuantizeSettings:
     )
     calibration_tokens: int = field(default=32768, metadata={"help": "tokens of calibration text in all"})
     row_length: int = field(default=512, metadata={"help": "tokens in one calibration row"})
+    types: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "gguf: PATTERN=TYPE over the type that TO gives, last match wins, as in down_proj=q6_k"},
+    )
+    seed: int = field(default=0, metadata={"help": "chooses the calibration rows"})
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
+    threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
+
+
+@dataclass(frozen=True)
+class QuantizeSettings(RoundingSettings):
+    """What `quantize` can be told."""
+
+    target_size: str | None = field(
+        default=None, metadata={"help": "in place of TO: size of the GGUF file, as in 2.5GB; each tensor gets a type"}
+    )
+    target_bpw: float | None = field(
+        default=None, metadata={"help": "in place of TO: bits per weight of the GGUF file; each tensor gets a type"}
+    )
     desc_act: bool = field(
         default=False, metadata={"help": "gptq files: groups of channels by falling activation, not of neighbours"}
     )
@@ -44,17 +58,9 @@ class QuantizeSettings:
         metadata={"help": "feedback: how much is applied of the correction for what earlier layers lost, 0 to 1"},
     )
     damping: float = field(default=0.02, metadata={"help": "added to the moments' diagonal, as a share of its median"})
-    types: tuple[str, ...] = field(
-        default=(),
-        metadata={"help": "gguf: PATTERN=TYPE over the type that TO gives, last match wins, as in down_proj=q6_k"},
-    )
-    seed: int = field(default=0, metadata={"help": "chooses the calibration rows"})
-    device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
-    threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
-    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
     repair: bool = field(
         default=False,
-        metadata={"help": "gguf: then train norms, scales and minimums on the base's predictions, at the same bytes"},
+        metadata={"help": "then train norms, scales and minimums on the base's predictions, at the same bytes"},
     )
     repair_steps: int = field(default=64, metadata={"help": "repair: steps of training at most"})
     imatrix: str | None = field(

@@ -47,12 +47,11 @@ def opened(model: str, revision: str | None, out: Path) -> Iterator[Checkpoint]:
         yield replace(open_checkpoint(folder / "base"), source=model)
 
 
-def check_row_length(tokens: int, row_length: int) -> None:
-    """`InputError` unless ``tokens`` are at least one row of at least 2 tokens."""
+def check_row_length(tokens: int, row_length: int, option: str = "--calibration-tokens") -> None:
+    """`InputError` that names ``option`` unless ``tokens`` are at least one row of at least 2 tokens."""
     if tokens < row_length or row_length < 2:
         raise InputError(
-            f"--calibration-tokens {tokens} with --row-length {row_length}: at least one row of at least 2 tokens is "
-            "right"
+            f"{option} {tokens} with --row-length {row_length}: at least one row of at least 2 tokens is right"
         )
 
 

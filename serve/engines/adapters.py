@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from llmlite.errors import InputError, first_line
+from llmlite.formats.peft import refuse_changed_base
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -68,6 +69,7 @@ def _load(model: Any, directory: Path, inner: str) -> None:
         ) from None
     if kind != "LORA":
         raise InputError(f"lora {directory}: is a {kind} adapter; LORA is served")
+    refuse_changed_base(config, f"lora {directory}")
     if not (directory / WEIGHTS).is_file():
         raise InputError(f"lora {directory}: has no {WEIGHTS}; weights in pickle files are not read")
     try:

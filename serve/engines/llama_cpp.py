@@ -222,12 +222,18 @@ class LlamaCppEngine:
 
     def _open_store(self, file: Path, settings: ServeSettings) -> PrefixStore:
         return PrefixStore(
-            _fingerprint(file, settings, self.version),
+            _fingerprint(file, settings, self._long_or_short(), self.version),
             settings.cache_ram_bytes,
             settings.cache_dir,
             settings.cache_disk_bytes,
             whole=not self.can_cut,
         )
+
+    def _long_or_short(self) -> int | None:
+        """The context that rotary factors are chosen by, where a model has some for a long one, some for a short."""
+        if self._llama.metadata("{arch}.rope.scaling.original_context_length") is None:
+            return None
+        return self._cells.total if self._cells.shared else self._cells.context
 
     def _can_cut(self) -> bool:
         """Not so with sliding windows and recurrent states, which forget, although seq_rm says yes all the same."""
@@ -280,12 +286,12 @@ def _llama_settings(settings: ServeSettings, cells: Cells, batch: int, outputs: 
     )
 
 
-def _fingerprint(file: Path, settings: ServeSettings, version: str) -> str:
+def _fingerprint(file: Path, settings: ServeSettings, context: int | None, version: str) -> str:
     """What keys and values depend on. The file counts by its size, its time and its beginning, not to read it all."""
     facts = file.stat()
     with open(file, "rb") as source:
         start = hashlib.sha256(source.read(2**20)).hexdigest()
     adapters = [(name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in settings.adapters]
-    scaling = (settings.rope_scaling, settings.rope_scale)
+    scaling = (settings.rope_scaling, settings.rope_scale, context)
     told = (version, start, facts.st_size, facts.st_mtime_ns, settings.kv, scaling, adapters)
     return hashlib.sha256(repr(told).encode()).hexdigest()

@@ -37,6 +37,7 @@ ATTENTION = "llmlite"
 FEW = 16
 """Pieces of up to so many tokens share a forward, padded to the longest; a longer one has its own."""
 
+SERVED = "transformers models are served with full and sliding attention alone, others as GGUF files, by llama.cpp"
 KEPT = (".safetensors", ".json")
 
 DEVICE_LOST: Any = getattr(torch, "AcceleratorError", ())  # younger than the oldest torch that will do
@@ -85,7 +86,7 @@ class TransformersEngine:
             settings.cache_disk_bytes,
         )
         self._pool = Slots(self.slots, self, self.store, EXACT_CHUNK if self._exact else 1)
-        self._probe()
+        self._probe(path)
         if settings.context is None and settings.cells is None:
             self._fit_memory()
 
@@ -241,11 +242,13 @@ class TransformersEngine:
         zeros = torch.zeros(hidden.shape, dtype=self._model.dtype, device=hidden.device)
         return zeros.masked_fill_(hidden, torch.finfo(self._model.dtype).min)
 
-    def _probe(self) -> None:
+    def _probe(self, path: Path) -> None:
         """One token, so that a model that can't run so fails now, and the cache knows the sizes of its heads."""
         sequence = self._pool.open([0], None, reuse=False)
         self.step([Piece(sequence, [0], 1)])
         self.close(sequence, keep=False)
+        if not all(layer.is_initialized for layer in self._cache.layers):
+            raise InputError(f"{path}: has layers that keep no keys and values of the text; {SERVED}")
 
     def _fit_memory(self) -> None:
         """Where neither context nor cells are named: no more of them than half of the free memory holds."""
@@ -260,7 +263,7 @@ def _windows(path: Path, config: Any) -> list[int | None]:
     layers: list[Any] = [] if kinds else DynamicCache(config=config).layers
     kinds += sorted({type(layer).__name__ for layer in layers} - {"DynamicLayer", "DynamicSlidingWindowLayer"})
     if kinds:
-        raise InputError(f"{path}: has layers with {', '.join(kinds)}; served are full and sliding attention")
+        raise InputError(f"{path}: has layers with {', '.join(kinds)}; {SERVED}")
     return [layer.sliding_window if layer.is_sliding else None for layer in layers]
 
 

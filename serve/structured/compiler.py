@@ -33,6 +33,10 @@ LIMITS = LLParserLimits(
 hundredths of a millisecond and some kilobytes."""
 
 
+class CompilerClosed(Exception):
+    """The model is being closed: no grammar is compiled for it any more."""
+
+
 class Compiler:
     """Used on the event loop. ``markers``: see `Vocabulary`, which is made when the first grammar comes."""
 
@@ -49,14 +53,24 @@ class Compiler:
         return frozenset() if self._vocabulary is None else self._vocabulary.shown
 
     async def compile(self, grammar: Grammar) -> Callable[[], Constraint]:
-        """What makes the state of a new sequence. Raises `InvalidGrammar` with what is wrong and where."""
+        """What makes the state of a new sequence.
+
+        Raises `InvalidGrammar` with what is wrong and where, `CompilerClosed` after `close`.
+        """
         matcher = self._kept.get(grammar.rules)
         if matcher is None:
-            work = asyncio.get_running_loop().run_in_executor(self._thread, self._compile, grammar)
             try:
-                matcher = await asyncio.wait_for(asyncio.shield(work), PATIENCE)
+                work = self._thread.submit(self._compile, grammar)
+            except RuntimeError:  # the thread takes no more
+                raise CompilerClosed from None
+            try:
+                matcher = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(work)), PATIENCE)
             except TimeoutError:
                 raise InvalidGrammar(grammar.field, f"takes longer than {PATIENCE:.0f} s to compile") from None
+            except asyncio.CancelledError:
+                if work.cancelled():
+                    raise CompilerClosed from None
+                raise
             self._kept[grammar.rules] = matcher
         self._kept.move_to_end(grammar.rules)
         while len(self._kept) > KEPT:
@@ -65,7 +79,7 @@ class Compiler:
         return lambda: GrammarConstraint(compiled.deep_copy(), vocab_size)
 
     def close(self) -> None:
-        """Wait for what is being compiled; nothing may be compiled after it."""
+        """Wait for the grammar that is being compiled; nothing is compiled after it."""
         self._thread.shutdown(cancel_futures=True)
 
     def _compile(self, grammar: Grammar) -> LLMatcher:

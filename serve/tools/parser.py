@@ -39,13 +39,16 @@ Event = Text | Begun | Arguments
 class CallParser:
     """``push`` text as it comes, ``finish`` at the end; both give what has become certain.
 
-    ``names``: the functions that may be called. What turns out to be no call comes out as text, whole.
+    ``names``: the functions that may be called. What turns out to be no call comes out as text, whole; what may be one
+    when the answer ends does not, as a grammar lets nothing but a call follow its beginning. ``required``: there is
+    nothing but calls.
     """
 
-    def __init__(self, form: CallFormat, names: frozenset[str]) -> None:
+    def __init__(self, form: CallFormat, names: frozenset[str], required: bool = False) -> None:
         self.calls = 0
         self._form = form
         self._names = names
+        self._required = required
         self._held = ""
         self._prelude = ""  # what led to a call that is not certain yet
         self._call: CallReader | None = None
@@ -66,13 +69,11 @@ class CallParser:
 
     def finish(self) -> list[Event]:
         """What was held back, where it is no part of a call."""
-        if self._call is not None and self._call.name is not None:
-            return []
-        text = self._prelude + (self._call.raw if self._call is not None else "") + self._held
-        if self.calls and self._call is None and self._is_punctuation(self._held):
-            text = ""
+        begun = self._call is not None or (self._read == self._between and self._may_go_on())
+        text = "" if begun or self._required else self._prelude + self._held
         self._held = self._prelude = ""
-        self._call = None
+        if self._call is not None and self._call.name is None:
+            self._call = None
         return [Text(text)] if text else []
 
     def _text(self) -> list[Event] | None:
@@ -148,10 +149,20 @@ class CallParser:
         self._spoken, self._read = True, self._text
         return [Text(text)] if text else []
 
-    def _is_punctuation(self, text: str) -> bool:
+    def _may_go_on(self) -> bool:
+        """What is held between two calls, or before the first, may be the beginning of one."""
+        if self._is_punctuation(self._held, ended=True):
+            return True
+        rest = self._held.strip().removeprefix(self._form.trigger)
+        starts = [name + mark for name in self._names for mark in (self._form.middle, CALL_ID)]
+        return self._form.bare_name and any(_agree(start, rest) for start in starts)
+
+    def _is_punctuation(self, text: str, ended: bool = False) -> bool:
+        """``ended``: the last tag may be half there."""
         form = self._form
         for piece in (form.trigger, form.after.lstrip("}").strip()):
             text = text.replace(piece, "") if piece else text
+            text = text[: len(text) - _overlap(text, piece)] if ended and piece else text
         return not text.strip(" \n\r\t[],;")
 
 
@@ -171,6 +182,11 @@ def _begins_call(text: str, names: frozenset[str]) -> int | None:
     if any(rest.startswith(name) for name in quoted):
         return begin
     return None if any(name.startswith(rest) for name in quoted) else -1
+
+
+def _agree(one: str, other: str) -> bool:
+    """One of them begins with the other."""
+    return one.startswith(other) or other.startswith(one)
 
 
 def _overlap(text: str, trigger: str) -> int:

@@ -9,8 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmlite.adapt import repair as room
-from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, memory_needed, repair, rewrite
-from llmlite.adapt.student import RoundedLinear, Student, raw_bytes
+from llmlite.adapt import stored as files
+from llmlite.adapt.linears import RoundedLinear
+from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, memory_needed
+from llmlite.adapt.repair import repair as repair_stored
+from llmlite.adapt.stored import open_gguf, raw_bytes
+from llmlite.adapt.student import Student
 from llmlite.adapt.teacher import divergence, teach
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -21,6 +25,8 @@ from llmlite.errors import InputError
 from llmlite.formats.gguf import types as gguf
 from llmlite.formats.gguf.export import describe
 from llmlite.formats.gguf.writer import GgufWriter
+from llmlite.plan.target import parse_target
+from llmlite.plan.types import GgufTypes, type_table
 from llmlite.quantize.rtn import round_to_nearest
 from llmlite.quantize.types import Grid, Rounded
 from tests.gguf_models import save_tiny as save_real
@@ -54,6 +60,14 @@ def made(base: Path, kind: str, values: str | None = None) -> tuple[Checkpoint, 
         for name, tensor in model.extra().items():
             writer.write(name, gguf.encode(tensor, "f32"))
     return checkpoint, file
+
+
+def repair(checkpoint: Checkpoint, file: Path, *rest) -> Repaired:
+    return repair_stored(checkpoint, open_gguf(checkpoint, file), *rest)
+
+
+def student_of(checkpoint: Checkpoint, file: Path) -> Student:
+    return Student(checkpoint, open_gguf(checkpoint, file))
 
 
 def rounded_to(weight: torch.Tensor, kind: str) -> Rounded:
@@ -120,7 +134,7 @@ def test_only_real_numbers_of_layers_and_norms_change(repaired):
 @pytest.mark.parametrize("family", ["llama", "llama3", "qwen2", "qwen3", "gemma3"])
 def test_a_student_computes_what_the_file_says(tmp_path, family):
     checkpoint, file = made(save_real(family, tmp_path / "base", padding=0), "q4_1", "q5_0")
-    student = Student(checkpoint, file)
+    student = student_of(checkpoint, file)
     want = model_of(checkpoint, file, tmp_path / "import")
     with torch.no_grad():
         torch.testing.assert_close(student.hidden(HELD), want.model(HELD).last_hidden_state, rtol=1e-4, atol=1e-4)
@@ -134,14 +148,13 @@ def test_changed_values_reach_the_file_in_their_places(tmp_path, family, kinds):
     else:
         base = save_real(family, tmp_path / "base", padding=0)
     checkpoint, file = made(base, *kinds)
-    student = Student(checkpoint, file)
+    student = student_of(checkpoint, file)
     chance = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for change in [*student.vector_changes(), *student.factor_changes()]:
+        for change in [*student.vector_changes().values(), *student.factor_changes().values()]:
             change.copy_(torch.randn(change.shape, generator=chance) * 0.05)
         want = student.hidden(HELD)
-    new = tmp_path / "new.gguf"
-    rewrite(checkpoint, file, student.values(), new)
+    new = open_gguf(checkpoint, file).rewrite(student.values()).file
     for name, tensor in read_gguf(file).tensors.items():
         if gguf.TYPES[tensor.type].grid is not None:
             raws = raw_bytes(tensor), raw_bytes(read_gguf(new).tensors[name])
@@ -150,8 +163,8 @@ def test_changed_values_reach_the_file_in_their_places(tmp_path, family, kinds):
             for x, y in ((a.ranges.scale_codes, b.ranges.scale_codes), (a.ranges.offset_codes, b.ranges.offset_codes)):
                 assert (x is None and y is None) or torch.equal(x, y)
     with torch.no_grad():
-        got = Student(checkpoint, new).hidden(HELD)
-        before = Student(checkpoint, file).hidden(HELD)
+        got = student_of(checkpoint, new).hidden(HELD)
+        before = student_of(checkpoint, file).hidden(HELD)
     assert (got - want).norm() < 0.01 * (before - want).norm()
 
 
@@ -216,11 +229,12 @@ def test_a_file_that_training_harms_stays_and_a_note_says_so(tmp_path):
 
 def test_a_run_that_is_killed_while_it_writes_leaves_the_file_whole(tmp_path, monkeypatch):
     checkpoint, file = made(save_tiny(tmp_path / "base"), "q4_0")
-    was, values = digest(file), Student(checkpoint, file).values()
+    was, values = digest(file), student_of(checkpoint, file).values()
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr(room.gguf, "pack", lambda *_: os._exit(9))
-        rewrite(checkpoint, file, values, file.with_name(".model.gguf.repaired"))
+        torch.set_num_threads(1)  # the threads of OpenMP are not forked, and would be waited for
+        monkeypatch.setattr(files.gguf, "pack", lambda *_: os._exit(9))
+        open_gguf(checkpoint, file).rewrite(values)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert digest(file) == was
@@ -233,7 +247,7 @@ def test_a_failure_before_the_end_leaves_the_file_and_nothing_beside_it(tmp_path
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(room.os, "replace", stop)
+    monkeypatch.setattr(files.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
         repair(checkpoint, file, ROWS, replace(SHORT, steps=6), tmp_path)
     assert digest(file) == was
@@ -242,20 +256,24 @@ def test_a_failure_before_the_end_leaves_the_file_and_nothing_beside_it(tmp_path
 
 def test_what_cannot_be_repaired_is_refused_in_one_sentence(tmp_path, monkeypatch):
     checkpoint, file = made(save_tiny(tmp_path / "base"), "q4_0")
-    with pytest.raises(InputError, match="repair works on gguf targets, and this one is bnb"):
-        check_repair(checkpoint, "bnb", ROWS.ids, SHORT)
-    with pytest.raises(InputError, match="repair works on gguf targets"):
-        repair(checkpoint, tmp_path / "model.safetensors", ROWS, SHORT, tmp_path)
+    types = GgufTypes("q4_0")
+
+    def check(rows: np.ndarray, settings: RepairSettings, types=types) -> None:
+        check_repair(checkpoint, types, rows, settings)
+
+    for target, reason in (("bnb:int8", "bnb:nf4 is right"), ("compressed-tensors:w8a8", "w8a16 is right")):
+        with pytest.raises(InputError, match=reason):
+            check(ROWS.ids, SHORT, type_table(parse_target(target), torch.bfloat16, False))
     with pytest.raises(InputError, match="has 7 rows, and at least 8"):
-        repair(checkpoint, file, Rows(ROWS.ids[:7], ()), SHORT, tmp_path)
+        check(ROWS.ids[:7], SHORT)
     with pytest.raises(InputError, match="steps 0: at least 1"):
-        repair(checkpoint, file, ROWS, replace(SHORT, steps=0), tmp_path)
+        check(ROWS.ids, replace(SHORT, steps=0))
     other = open_checkpoint(save_tiny(tmp_path / "other", hidden_size=128))
     with pytest.raises(InputError, match="not made from"):
-        Student(other, file)
+        open_gguf(other, file)
     monkeypatch.setattr(room.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     with pytest.raises(InputError, match="needs about"):
-        repair(checkpoint, file, ROWS, SHORT, tmp_path)
+        check(ROWS.ids, SHORT)
 
 
 def test_rows_that_judge_train_nothing_and_come_from_all_of_the_text():

@@ -50,6 +50,7 @@ def test_each_kind_of_record_becomes_a_document(tmp_path):
         ("x.jsonl", b'{"text": "a"}\n{nope', "line 2: is not JSON"),
         ("x.jsonl", b'{"body": "a"}\n', "none of the fields"),
         ("x.jsonl", b'{"messages": [{"role": "user"}]}\n', "role and a content"),
+        ("x.jsonl", b'{"instruction": "a", "input": 5, "output": "b"}\n', "line 1: the input of an instruction"),
         ("x.json", b'{"text": "a"}', "JSON list"),
         ("x.txt", b"\xff\xfe", "not UTF-8"),
         ("x.txt", b"  \n", "holds no text"),

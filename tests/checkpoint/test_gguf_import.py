@@ -18,9 +18,8 @@ from tests.gguf_models import (
     TEMPLATE,
     TEXTS,
     LlamaCpp,
-    gguf_of,
     relative_gap,
-    save_tiny,
+    tiny_models,
     transformers_logits,
     write_dense,
 )
@@ -38,16 +37,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Tiny checkpoints, and the f32 GGUF files of them, made once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            directory = save_tiny(name, tmp_path_factory.mktemp(name))
-            made[name] = directory, gguf_of(directory)
-        return made[name]
-
-    return get
+    return tiny_models(tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

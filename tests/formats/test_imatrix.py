@@ -15,7 +15,7 @@ from benchmarks.llama_cpp_tools import FOLDER
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.errors import InputError
 from llmlite.formats.gguf.imatrix import Imatrix, diagonal, read_imatrix, write_imatrix
-from tests.gguf_models import TEXTS, gguf_of, save_tiny
+from tests.gguf_models import TEXTS, tiny_models
 
 gguf = pytest.importorskip("gguf")
 
@@ -39,16 +39,7 @@ def run(*command: object) -> str:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Tiny checkpoints and their f32 GGUF files, made once."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            directory = save_tiny(name, tmp_path_factory.mktemp(name))
-            made[name] = directory, gguf_of(directory)
-        return made[name]
-
-    return get
+    return tiny_models(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 
 import httpx
@@ -12,8 +13,10 @@ from llmlite.serve import scheduler as scheduling
 from llmlite.serve.app import create_app
 from llmlite.serve.engines import Opened, open_artifact
 from llmlite.serve.engines.base import EngineBroken
+from llmlite.serve.errors import ApiError
 from llmlite.serve.models import Model, ModelSpec
 from llmlite.serve.routes.answering import Streamed
+from llmlite.serve.schema import ChatRequest
 from llmlite.serve.settings import ServeSettings
 from tests.serve.conftest import error_of, serving
 from tests.serve.scripted_engine import ScriptedEngine
@@ -145,6 +148,55 @@ def test_a_model_is_freed_when_nobody_uses_it_any_more():
             return service
 
     asyncio.run(go())
+
+
+def test_what_is_read_for_a_model_that_is_closed_is_finished_or_gets_503(monkeypatch):
+    monkeypatch.setattr("llmlite.serve.models.LEAVING", 0.01)
+    reading, read = threading.Event(), threading.Event()
+
+    class Engine(ScriptedEngine):
+        def encode(self, text):
+            reading.set()
+            assert read.wait(20)
+            return super().encode(text)
+
+    async def go():
+        model = Model(ModelSpec("model", lambda: Opened(Engine(), "model", None)), ServeSettings())
+        async with model.use() as service:
+            text = asyncio.create_task(service.encode("a"))
+            await asyncio.to_thread(reading.wait, 20)
+            closing = asyncio.create_task(model.unload())
+            await asyncio.sleep(0.1)
+            assert not closing.done()
+            read.set()
+            assert await text == [97]
+            await closing
+            chat = ChatRequest(
+                model="model", messages=[{"role": "user", "content": "a"}], response_format={"type": "json_object"}
+            )
+            for late in (service.encode("a"), service.prepared([], chat)):
+                with pytest.raises(ApiError) as refused:
+                    await late
+                assert (refused.value.status, refused.value.code) == (503, "shutting_down")
+
+    asyncio.run(go())
+
+
+def test_a_request_that_waited_for_its_model_at_a_drain_gets_503():
+    first, second = Gate(lambda: Opened(ScriptedEngine(), "first", None)), threading.Event()
+
+    def open_second():
+        assert second.wait(20)
+        return Opened(ScriptedEngine(), "second", None)
+
+    settings = ServeSettings(port=0, drain_seconds=20.0)
+    app = create_app([ModelSpec("first", first), ModelSpec("second", open_second)], settings)
+    with serving(app, settings) as server, ThreadPoolExecutor(1) as asking:
+        answer = asking.submit(server.chat, "say:a", model="second")
+        assert server.wait(lambda: server.running)
+        server.models.drain()
+        second.set()
+        error_of(answer.result(20), 503, code="shutting_down")
 
 
 def test_a_stream_whose_client_left_before_it_began_gives_everything_back():

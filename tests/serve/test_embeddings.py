@@ -139,20 +139,12 @@ def test_what_runs_is_finished_while_the_server_drains():
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
-from tests.gguf_models import gguf_of, save_tiny  # noqa: E402
+from tests.gguf_models import tiny_models  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    made = {}
-
-    def get(name):
-        if name not in made:
-            directory = save_tiny(name, tmp_path_factory.mktemp(name))
-            made[name] = directory, gguf_of(directory)
-        return made[name]
-
-    return get
+    return tiny_models(tmp_path_factory)
 
 
 def embedded(engine, prompts):

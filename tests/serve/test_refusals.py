@@ -166,6 +166,7 @@ def test_http_itself(server):
     answer = httpx.get(f"{server.url}{CHAT}")
     assert error_of(answer, 405)
     assert answer.headers["allow"] == "POST"
+    assert httpx.post(f"{server.url}/v1/responses/a").headers["allow"] == "DELETE, GET"
     error_of(server.post(CHAT, content=b"{", headers=JSON), 400)
     error_of(server.post(CHAT, content=b"\xff", headers=JSON), 400)
     error_of(server.post(CHAT, content=b"[]", headers=JSON), 400)

@@ -56,20 +56,28 @@ def penalized(logits, tokens, repeats, cut):
     return logits
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("size", "seed"), [(3000, 0), (3000, 1), (3000, 2), (49152, 0)])
 @pytest.mark.parametrize("typical_p", [0.05, 0.5, 0.95])
 @pytest.mark.parametrize("top_k", [0, 40])
-def test_typical_is_that_of_transformers_and_of_llama_cpp(typical_p, top_k, seed):
-    logits = random_logits(seed, 3000)
-    ids, probabilities = candidates(logits, Sampling(typical_p=typical_p, top_k=top_k))
+def test_typical_is_that_of_transformers_and_of_llama_cpp(typical_p, top_k, size, seed):
+    logits = random_logits(seed, size)
+    ids, weights = candidates(logits, Sampling(typical_p=typical_p, top_k=top_k))
     scores = torch.from_numpy(logits)[None].double()
     scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
     scores = TypicalLogitsWarper(typical_p)(None, scores)[0]
     assert sorted(ids.tolist()) == torch.nonzero(torch.isfinite(scores))[:, 0].tolist()
+    probabilities = weights / weights.sum(dtype=np.float64)
     np.testing.assert_allclose(probabilities, torch.softmax(scores, -1)[torch.from_numpy(ids)], rtol=2e-5)
-    if not top_k:
+    if not top_k and size == 3000:  # llama.cpp adds up in float32
         theirs = sampled(llama_cpp.llama_sampler_init_typical(typical_p, 1), logits)
         assert sorted(theirs) == sorted(ids.tolist())
+
+
+def test_typical_takes_of_equal_logits_those_with_lower_ids():
+    logits = np.zeros(3000, np.float32)
+    logits[1000:] = -np.inf
+    ids, _ = candidates(logits, Sampling(typical_p=0.25))
+    assert ids.tolist() == list(range(250))
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.7])

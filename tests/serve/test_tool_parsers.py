@@ -31,7 +31,12 @@ ANSWERS = [
     ("hermes", '<tool_call>\n{"name": "add"}\n</tool_call>', "", [("add", "{}")], True),
     ("hermes", "a <tool_ b <tool_call", "a <tool_ b <tool_call", [], False),
     ("hermes", '<tool_call>\n{"name": "add", "arguments": {"a": 1', "", [("add", '{"a": 1')], False),
-    ("hermes", '<tool_call>\n{"nam', '<tool_call>\n{"nam', [], False),
+    ("hermes", '<tool_call>\n{"nam', "", [], False),
+    ("hermes", "Yes. <tool_call>\n", "Yes. ", [], False),
+    ("hermes", "Yes. <tool_call> is how", "Yes. <tool_call> is how", [], False),
+    ("hermes", '<tool_call>{"name": "add"}\n</tool_call>\n<tool_ca', "", [("add", "{}")], True),
+    ("hermes", '<tool_call>{"name": "add"}\n</too', "", [("add", "{}")], True),
+    ("hermes", '<tool_call>{"name": "add"}\n</tool_call>\n<tool_call>\n{"name": "ad', "", [("add", "{}")], True),
     ("hermes", 'x <tool_call> {"a": 1} </tool_call> y', 'x <tool_call> {"a": 1} </tool_call> y', [], False),
     ("hermes", " \n", " \n", [], False),
     ("generic", 'Yes: <tool_call>\n{"name": "add", "arguments": {}}\n</tool_call>', "Yes: ", [("add", "{}")], True),
@@ -56,6 +61,9 @@ ANSWERS = [
         True,
     ),
     ("mistral", "see [1] and [TOOL", "see [1] and [TOOL", [], False),
+    ("mistral-args", "Wait.[TOOL_CALLS]get_wea", "Wait.", [], False),
+    ("mistral-args", "Wait.[TOOL_CALLS] means", "Wait.[TOOL_CALLS] means", [], False),
+    ("mistral-args", "[TOOL_CALLS]add[ARGS]{}[TOOL_CALLS]get_weather[CALL_ID]a1", "", [("add", "{}")], True),
     (
         "mistral-args",
         f"Wait.[TOOL_CALLS]get_weather[ARGS]{PARIS}[TOOL_CALLS]add[CALL_ID]a1b2c3d4e[ARGS]{{}}",
@@ -135,3 +143,9 @@ def test_a_long_answer_is_read_in_time_that_grows_with_it():
 )  # fmt: skip
 def test_the_template_tells_the_format(template, name):
     assert format_of(template).name == name
+
+
+@pytest.mark.parametrize("answer", ["<", "<tool_cal", "<tool_call>", '<tool_call>\n{"name": "a'])
+def test_where_a_call_is_required_its_beginning_is_no_text(answer):
+    parser = CallParser(FORMS["hermes"], NAMES, required=True)
+    assert [event for character in answer for event in parser.push(character)] + parser.finish() == []

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from llmlite.errors import InputError
 from llmlite.serve.engines.base import NoRoom, Piece
-from llmlite.serve.engines.slot_cache import Rows
+from llmlite.serve.engines.slot_cache import Rows, SlotLayer
 from llmlite.serve.engines.transformers import FEW, TransformersEngine
 from llmlite.serve.settings import ServeSettings
 from tests.serve.conftest import running
@@ -368,7 +368,14 @@ def test_models_without_sdpa_run_with_one_padded_attention(tiny, monkeypatch):
 def test_layers_that_are_no_attention_are_refused(tmp_path):
     directory = save_tiny(tmp_path / "model", "qwen3")
     edit_config(directory, layer_types=["full_attention", "chunked_attention"])
-    with pytest.raises(InputError, match="has layers with chunked_attention; served are full and sliding attention"):
+    with pytest.raises(InputError, match=r"has layers with chunked_attention; .* full and sliding attention alone"):
+        TransformersEngine(directory, ServeSettings(threads=1))
+
+
+def test_a_model_that_keeps_its_past_elsewhere_than_in_the_cache_is_refused(tmp_path, monkeypatch):
+    directory = save_tiny(tmp_path / "model", "qwen3")
+    monkeypatch.setattr(SlotLayer, "update", lambda self, keys, values, *_, **__: (keys, values))
+    with pytest.raises(InputError, match="keep no keys and values"):
         TransformersEngine(directory, ServeSettings(threads=1))
 
 

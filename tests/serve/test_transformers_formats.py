@@ -101,6 +101,11 @@ def make_other_rank(directory):
     (directory / "adapter_config.json").write_text(json.dumps({**config, "r": 2}))
 
 
+def make_pissa(directory):
+    config = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+
+
 def make_pickle(directory):
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
 
@@ -114,10 +119,11 @@ REFUSALS = [
     (make_pickle, "weights in pickle files are not read"),
     (make_prompt_tuning, "is a PROMPT_TUNING adapter; LORA is served"),
     (make_other_rank, "does not fit this model: it has another shape of .*lora_A"),
+    (make_pissa, "belongs to weights that peft changes"),
 ]
 
 
-@pytest.mark.parametrize(("break_it", "told"), REFUSALS, ids=["none", "pickle", "prompt tuning", "other rank"])
+@pytest.mark.parametrize(("break_it", "told"), REFUSALS, ids=["none", "pickle", "prompt tuning", "other rank", "pissa"])
 def test_what_is_no_adapter_of_this_model_is_refused(break_it, told, adapted, tmp_path):
     broken = tmp_path / "broken"
     broken.mkdir()

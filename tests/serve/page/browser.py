@@ -63,7 +63,7 @@ def chromium():
 @contextmanager
 def opened(browser, url, **context):
     """The page in a profile of its own; fails on any script error, and on any request that leaves the server."""
-    profile = browser.new_context(**context)
+    profile = browser.new_context(**{"reduced_motion": "reduce", **context})  # drawing them takes the time of the tests
     profile.set_default_timeout(60_000)
     page = profile.new_page()
     troubles: list[str] = []
