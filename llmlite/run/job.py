@@ -22,6 +22,7 @@ from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.errors import InputError, first_line
 from llmlite.memory import give_freed_memory_back
+from llmlite.plan.memory import rows_of_head
 from llmlite.plan.plan import CALIBRATED, Plan, PlanRow
 from llmlite.progress import track
 from llmlite.quantize.rtn import round_to_nearest, row_errors, stack
@@ -35,7 +36,7 @@ HEAD_TOKENS = 8  # of the calibration text for each channel of a tied head, whic
 # Added to the moments of a tied head, as a share of their median diagonal: the weight is the embedding as well, where
 # an error counts in all channels alike. (On SmolLM2-135M's calibration text 0.1 and 0.3 gave the same, 1 a worse KL.)
 TIED_DAMPING = 0.3
-HEAD_PIECE = 2**23  # weights of a head that are solved at a time, at least
+ESTIMATE_ROWS = 2048  # of a head are solved to see how long all will take
 PHASES = ("capture", "moments", "solving", "writing")  # what `Job.seconds` tells apart
 
 
@@ -83,7 +84,7 @@ class Job:
                     self._tied_head(row, rows)
                 else:
                     self._whole(row)
-        heads = [row for row in after if row.solver in CALIBRATED]
+        heads, hidden = [row for row in after if row.solver in CALIBRATED and not self.journal.head], {}
         if rows is None:
             for number in track(range(done, len(layers)), "layers"):
                 for row in layers[number]:
@@ -92,22 +93,25 @@ class Job:
                 give_freed_memory_back()
         elif done < len(layers) or heads:
             hidden = self._calibrated(layers, rows, bool(heads))
-            for row in heads:
-                self._own_head(row, hidden, self._batch(rows))
         for row in after:
-            if row not in heads:
+            if row in heads and rows is not None:
+                self._own_head(row, hidden, self._batch(rows))
+            elif row.solver in CALIBRATED:
+                self.sink.keep(row)
+            else:
                 self._whole(row)
         return self.errors
 
     def estimate(self, rows: Rows) -> float:
-        """Seconds that the layers still to do will take, from one of them run on two batches; nothing is written.
+        """Seconds that the layers still to do, and a head that is solved, will take; nothing is written.
 
-        The second batch is what counts, the first warms up. Loading and solving take as long as they will.
+        From one layer run on two batches, of which the second is what counts and the first warms up, and from a part of
+        the head. Loading and solving take as long as they will.
         """
         done, batch, stream = self.journal.layers, self._batch(rows), self._stream()
         layer = self._parts()[1][done]
         few = rows.ids[np.arange(2 * batch) % len(rows.ids)]
-        once, each = _Clock(self.work.device), _Clock(self.work.device)
+        once, each, passed = (_Clock(self.work.device) for _ in range(3))
         with ExitStack() as stack:
             hidden = {}
             for name in self._networks:
@@ -115,6 +119,10 @@ class Job:
                 stack.callback(hidden[name].remove)
             with once:
                 staged = self._staged(stream, done, hidden, stack)
+            for start in (0, batch):
+                passed.seconds = 0.0
+                with passed:
+                    stream.forward(done, staged["rounded"].module, hidden["rounded"].read(start, batch))
             for stage, linears in enumerate(self._stages(done, layer)):
                 sums = MomentSums(staged["rounded"].linear(stage).in_features, HELD_EVERY, self.work.device)
                 sums.add(0, *self._inputs(stage, staged, 0, batch))
@@ -130,8 +138,26 @@ class Job:
                 hidden[name].write(0, part.outputs(0, batch))
                 with each:
                     hidden[name].write(batch, part.outputs(batch, batch))
+            head = self._estimated_head(stream, hidden, rows, passed.seconds)
         give_freed_memory_back()
-        return (self.checkpoint.num_layers - done) * (once.seconds + each.seconds * len(rows.ids) / batch)
+        return head + (self.checkpoint.num_layers - done) * (once.seconds + each.seconds * len(rows.ids) / batch)
+
+    def _estimated_head(
+        self, stream: LayerStream, hidden: dict[str, Activations], rows: Rows, seconds_a_batch: float
+    ) -> float:
+        """Seconds for the head, from few of its rows; ``seconds_a_batch``: how long one takes through a layer."""
+        tied = self.checkpoint.tied
+        row = next(row for row in self.plan.rows if row.name == self.checkpoint.head)
+        if row.solver not in CALIBRATED or (tied and self.journal.layers):
+            return 0.0
+        moments, clock = self._head_moments(stream, hidden, self._batch(rows)), _Clock(self.work.device)
+        weight, grid = self._read(row)[:ESTIMATE_ROWS].to(self.work.device).float(), self.sink.grid(row)
+        assert grid is not None
+        with clock:
+            self._solved(row, weight, moments, grid, self.work.solver)
+        solving = clock.seconds * row.shape[0] / len(weight)
+        batches = len(self._few(row, rows)) / self._batch(rows)
+        return solving + (self.checkpoint.num_layers * batches * seconds_a_batch if tied else 0.0)
 
     def _parts(self) -> tuple[list[PlanRow], list[list[PlanRow]], list[PlanRow]]:
         layers: list[list[PlanRow]] = [[] for _ in range(self.checkpoint.num_layers)]
@@ -210,19 +236,28 @@ class Job:
     def _tied_head(self, row: PlanRow, rows: Rows) -> None:
         """The embedding that is the head too, by what the unquantized network gives it on a part of the text."""
         stream, batch = self._stream(), self._batch(rows)
-        wanted = -(-HEAD_TOKENS * row.shape[1] // rows.ids.shape[1])
-        few = rows.ids[:: max(len(rows.ids) // wanted, 1)]
         with self._timed("capture"):
-            hidden = stream.through(few, self._file("head", 0), batch, "head's inputs")
+            hidden = stream.through(self._few(row, rows), self._file("head", 0), batch, "head's inputs")
         moments = self._head_moments(stream, {"rounded": hidden}, batch)
+        hidden.remove()
         self._head(row, moments, replace(self.work.solver, damping=max(TIED_DAMPING, self.work.solver.damping)))
+
+    @staticmethod
+    def _few(row: PlanRow, rows: Rows) -> np.ndarray:
+        """Rows of the text, spread over it, that are enough for a tied head."""
+        wanted = -(-HEAD_TOKENS * row.shape[1] // rows.ids.shape[1])
+        return rows.ids[:: max(len(rows.ids) // wanted, 1)]
 
     def _own_head(self, row: PlanRow, hidden: dict[str, Activations], batch: int) -> None:
         """A head with a weight of its own, by what the rounded network gives it."""
         self._head(row, self._head_moments(self._stream(), hidden, batch), self.work.solver)
+        self.journal.head = True
+        self._write_journal(self.checkpoint.num_layers)
+        for activations in hidden.values():
+            activations.remove()
 
     def _head_moments(self, stream: LayerStream, hidden: dict[str, Activations], batch: int) -> Moments:
-        """The moments of the head's inputs, from the last layer's outputs in each network; these are then removed."""
+        """The moments of the head's inputs, from the last layer's outputs in each network."""
         now = hidden["rounded"]
         with self._timed("moments"), stream.final_norm() as norm, torch.no_grad():
             sums = MomentSums(now.shape[2], now.shape[0], self.work.device)
@@ -232,8 +267,6 @@ class Job:
                 sums.add(start, x, y)
             if not sums.finite:
                 raise InputError(f"{self.checkpoint.source}: the inputs of the head are not all finite on the text")
-            for activations in hidden.values():
-                activations.remove()
             return sums.moments()
 
     def _head(self, row: PlanRow, moments: Moments, settings: SolverSettings) -> None:
@@ -242,7 +275,7 @@ class Job:
         assert grid is not None
         weight, judge = self._read(row), moments.held or moments
         pieces, lost, whole = [], 0.0, 0.0
-        for part in track(weight.split(_rows_of_piece(row)), "head"):
+        for part in track(weight.split(rows_of_head(row)), "head"):
             with self._timed("solving"):
                 part = part.to(self.work.device).float()
                 pieces.append(self._solved(row, part, moments, grid, settings).cpu())
@@ -387,11 +420,6 @@ class Job:
             return solve(weight, moments, grid, settings, self.sink.snap(row))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{self.checkpoint.source}: {row.name} can't be rounded: {first_line(error)}") from None
-
-
-def _rows_of_piece(row: PlanRow) -> int:
-    """How many rows of a head are solved together: no fewer than its channels, as each piece factors the moments."""
-    return max(HEAD_PIECE // row.shape[1], row.shape[1])
 
 
 def _now() -> float:

@@ -21,6 +21,7 @@ from tests.tiny import save_tiny
 TARGETS = [
     ("compressed-tensors:w4a16g32", "feedback"),
     ("gguf:q4_0", "feedback"),
+    ("gguf:iq4_nl-pure", "feedback"),  # the head too, after the layers
     ("bnb:nf4", "feedback"),
     ("gguf:q8_0", "rtn"),
     ("compressed-tensors:w8a16", "rtn"),
