@@ -53,10 +53,9 @@ def solve(
     if moments.cross is not None and settings.drift > 0:
         target = corrected(weight, moments, matrix, settings.drift)
     judge = moments.held or moments
-    ranges = fit(target, grid, matrix.diagonal())
-    plain = nearest(target, ranges if snap is None else snap(ranges.scales), grid)
-    matrix /= matrix.diagonal().mean()  # its size matters to nothing but the range of the numbers to come
     kept = None if snap is None else snap(fit(target, grid, error_costs(matrix)).scales)
+    plain = nearest(target, fit(target, grid, matrix.diagonal()) if kept is None else kept, grid)
+    matrix /= matrix.diagonal().mean()  # its size matters to nothing but the range of the numbers to come
     solved = feedback(target, matrix, grid, kept)
     solved = descend(target, solved, matrix, settings.sweeps, refit=snap is None)
     better = row_errors(target, solved.dequantize(), judge) <= row_errors(target, plain.dequantize(), judge)
