@@ -203,7 +203,9 @@ def check_init(settings: LoraSettings) -> None:
         said = "says what --init qera, eora or loftq begins with"
     else:
         base_of(settings)
-        others, said = ("kind", "alpha", "targets", "quantize"), f"does not go with --init {settings.init}"
+        others, said = ("kind", "alpha", "targets", "quantize", "revision"), f"does not go with --init {settings.init}"
+        if settings.init == "loftq":  # goes by the weights alone
+            others += ("calibration", "calibration_tokens")
     values, defaults = asdict(settings), asdict(plain)
     for name in others:
         if values[name] != defaults[name]:
