@@ -258,13 +258,15 @@ class Job:
 
     def _head_moments(self, stream: LayerStream, hidden: dict[str, Activations], batch: int) -> Moments:
         """The moments of the head's inputs, from the last layer's outputs in each network."""
-        now = hidden["rounded"]
+        now, ideal = hidden["rounded"], hidden.get("original")
+
+        def entering(activations: Activations) -> torch.Tensor:
+            return norm(activations.read(start, batch).to(stream.device, stream.dtype))
+
         with self._timed("moments"), stream.final_norm() as norm, torch.no_grad():
             sums = MomentSums(now.shape[2], now.shape[0], self.work.device)
             for start in range(0, now.shape[0], batch):
-                parts = (hidden.get(name) for name in ("rounded", "original"))
-                x, y = (p and norm(p.read(start, batch).to(stream.device, stream.dtype)) for p in parts)
-                sums.add(start, x, y)
+                sums.add(start, entering(now), None if ideal is None else entering(ideal))
             if not sums.finite:
                 raise InputError(f"{self.checkpoint.source}: the inputs of the head are not all finite on the text")
             return sums.moments()
