@@ -84,7 +84,8 @@ class Grid:
 class Moments:
     """Second moments of a linear layer's inputs over the calibration tokens.
 
-    ``xxt``: sum over tokens of x xT, float32 [in, in]; ``count``: tokens summed.
+    ``xxt``: sum over tokens of x xT, float32 [in, in], each as weighty as an error of its output is; ``count``: tokens
+    summed.
     ``cross``: sum of y xT, float32 [in, in], where y is the input that the unquantized network has in x's place; None
     where the inputs are the unquantized network's own.
     ``residual``: sum of r xT, float32 [out, in], where r is what the unquantized network's residual stream has more at

@@ -32,6 +32,7 @@ from llmlite.run.journal import Journal
 from llmlite.run.sinks import Sink
 
 BATCH_TOKENS = 512
+TINY = 1e-30  # mean squares of a token's hidden state below it count as this much
 HEAD_TOKENS = 8  # of the calibration text for each channel of a tied head, which is rounded before anything else
 # Added to the moments of a tied head, as a share of their median diagonal: the weight is the embedding as well, where
 # an error counts in all channels alike. (On SmolLM2-135M's calibration text 0.1 and 0.3 gave the same, 1 a worse KL.)
@@ -70,6 +71,7 @@ class Job:
         self.checkpoint, self.plan, self.sink, self.work, self.journal = checkpoint, plan, sink, work, journal
         self.errors = dict(journal.errors)
         self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._weighs = any(row.solver == "feedback" for row in plan.rows)  # an importance matrix has tokens alike
 
     def run(self, rows: Rows | None) -> dict[str, float]:
         """Write every row; ``rows`` are the calibration tokens where the plan asks for them."""
@@ -374,13 +376,21 @@ class Job:
             return sums.moments()
 
     def _inputs(self, stage: int, staged: dict[str, StagedLayer], start: int, batch: int) -> tuple[Any, Any, Any]:
-        """What `MomentSums.add` takes, for rows from ``start``."""
+        """What `MomentSums.add` takes, for rows from ``start``.
+
+        Of a layer that writes to the residual stream, a token counts by what an error is worth there: the norm that
+        reads the stream divides by its size, and that of a token with massive activations is a hundred times another's.
+        """
         now, ideal = staged["rounded"], staged.get("original")
-        x = now.inputs(stage, start, batch)
-        if ideal is None:
-            return x, None, None
-        y = ideal.inputs(stage, start, batch)
-        return x, y, _lost(ideal.residual(stage, start, batch), now.residual(stage, start, batch))
+        x, y, lost = now.inputs(stage, start, batch), None, None
+        if ideal is not None:
+            y = ideal.inputs(stage, start, batch)
+            lost = _lost(ideal.residual(stage, start, batch), now.residual(stage, start, batch))
+        stream = (ideal or now).added(stage, start, batch) if self._weighs else None
+        if stream is None:
+            return x, y, lost
+        share = stream.float().square().mean(-1, keepdim=True).clamp(min=TINY).rsqrt()
+        return x * share, None if y is None else y * share, None if lost is None else lost * share
 
     def _alike(self, rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
         """Rows of one stage that can be solved as one weight: the same grid, and no scales that span a tensor."""
