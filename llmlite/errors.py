@@ -23,3 +23,7 @@ class OutsideError(LlmliteError):
     """Something outside the program failed: disk, memory, network."""
 
     exit_status = 3
+
+
+class WriteError(OutsideError):
+    """The disk is full or failed; what was written before it did can be gone on with."""

@@ -17,12 +17,13 @@ from benchmarks.quantization.prepare import Setup
 PRESETS = ("q4_0", "iq4_nl", "q5_0", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs", "q5_k_m", "q6_k", "q8_0")
 PURE = ("q4_0", "iq4_nl", "q5_0")
 SIZED = ("q4_0", "q4_k_m", "q2_k")  # whose bytes llmlite is given as --target-size
+REPAIRED = ("q4_0-pure", "iq4_nl-pure", "q3_k_m", "q2_k")  # made once more, with --repair
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """``type``: the peer's word for it, or a name made of ``target``, what llmlite is told to make: FORMAT:TYPE, or
-    size:PRESET for --target-size and the bytes of that preset.
+    """``type``: the peer's word for it, or a name made of ``target``, what llmlite is told to make: FORMAT:TYPE,
+    size:PRESET for --target-size and the bytes of that preset, or repair:PRESET for that preset with --repair.
 
     For a peer, ``target`` names the llmlite artifact that it is held against.
     """
@@ -50,15 +51,22 @@ PEERS = (
 )
 LLMLITE = tuple(
     Artifact("llmlite", target.replace(":", "-"), target)
-    for target in (*dict.fromkeys(peer.target for peer in PEERS), *(f"size:{preset}" for preset in SIZED))
+    for target in (
+        *dict.fromkeys(peer.target for peer in PEERS),
+        *(f"size:{preset}" for preset in SIZED),
+        *(f"repair:{preset}" for preset in REPAIRED),
+    )
 )
 
 
 def pairs() -> Iterator[tuple[Artifact, Artifact]]:
-    """Each artifact of llmlite with what it is held against: a peer's, or, where it was told a size, the preset's."""
+    """Each artifact of llmlite with what it is held against: a peer's, or, told a size, its own of the preset."""
     ours = {artifact.target: artifact for artifact in LLMLITE}
     for peer in PEERS:
         yield ours[peer.target], peer
+        repaired = ours.get(f"repair:{peer.type}")
+        if repaired is not None:
+            yield repaired, peer
     for preset in SIZED:
         yield ours[f"size:{preset}"], ours[f"gguf:{preset}"]
 
@@ -97,6 +105,8 @@ def make_llmlite(setup: Setup, wanted: Sequence[Artifact]) -> None:
 
 def _asked(setup: Setup, artifact: Artifact) -> list[str]:
     kind, _, name = artifact.target.partition(":")
+    if kind == "repair":
+        return ["--to", f"gguf:{name}", "--repair"]
     if kind != "size":
         return ["--to", artifact.target]
     (peer,) = (peer for peer in PEERS if peer.name == f"llama.cpp/{name}")

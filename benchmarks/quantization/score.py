@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,8 @@ def _place(setup: Setup, location: Location, text: str) -> tuple[Path, dict]:
     judge = "llama-perplexity" if location.engine == "llama.cpp" else "transformers float32"
     artifact = digest(location.path)
     settings = {"artifact": artifact, "base": digest(setup.base), "rows": digest(setup.text_rows(text)), "judge": judge}
-    return setup.work / "scores" / f"{artifact[:16]}-{text}-{setup.rows}.json", settings
+    name = sha256(artifact.encode()).hexdigest()[:16]  # a directory's begins with its config, which others may share
+    return setup.work / "scores" / f"{name}-{text}-{setup.rows}.json", settings
 
 
 @cache

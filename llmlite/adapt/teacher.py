@@ -18,8 +18,7 @@ from llmlite.adapt.losses import soft_capped
 from llmlite.calibrate.moments import HELD_EVERY
 from llmlite.calibrate.stream import LayerStream
 from llmlite.checkpoint.checkpoint import Checkpoint, meta_model
-from llmlite.checkpoint.families import EMBEDDING, FINAL_NORM, HEAD
-from llmlite.memory import give_freed_memory_back
+from llmlite.checkpoint.families import FINAL_NORM
 from llmlite.progress import track
 
 BATCH_TOKENS = 2048
@@ -95,12 +94,7 @@ def teach(
     rows, length = ids.shape
     batch = max(BATCH_TOKENS // length, 1)
     stream = LayerStream(checkpoint, device, dtype)
-    hidden = stream.embed(ids, folder / ".teacher-hidden", batch)
-    for number in track(range(checkpoint.num_layers), "base's predictions"):
-        with stream.layer(number) as module:
-            for start in range(0, rows, batch):
-                hidden.write(start, stream.forward(number, module, hidden.read(start, batch)))
-        give_freed_memory_back()
+    hidden = stream.through(ids, folder / ".teacher-hidden", batch, "base's predictions")
     logits = output_head(checkpoint, device, vocabulary, dtype)
     size = len(vocabulary) if vocabulary is not None else checkpoint.config["vocab_size"]
     teacher = Teacher(folder, rows, length, min(top, size - 1))
@@ -125,7 +119,7 @@ def output_head(
     decoder: Any = meta_model(checkpoint.config, checkpoint.source).model
     norm = decoder.norm
     norm.load_state_dict({"weight": checkpoint.read(FINAL_NORM).to(device, torch.float32)}, assign=True)
-    head = checkpoint.read(EMBEDDING if checkpoint.tied else HEAD).to(device, dtype)
+    head = checkpoint.read(checkpoint.head).to(device, dtype)
     if vocabulary is not None:
         head = head[vocabulary.to(device)]
     return lambda states: logits_of(norm(states).to(dtype), head, checkpoint).float()

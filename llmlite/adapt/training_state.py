@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llmlite.checkpoint.artifact import JOURNAL, TRAINING, flush_directory, write_json
-from llmlite.errors import InputError, OutsideError, first_line
+from llmlite.checkpoint.artifact import JOURNAL, TRAINING, cannot_write, flush_directory, write_json
+from llmlite.errors import InputError, first_line
 
 STATE = f"{TRAINING}state"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -114,7 +114,8 @@ def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, new, metadata)
     except SafetensorError as error:  # the library's word for a full disk too
-        raise OutsideError(f"{file.parent}: can't be written ({first_line(error)}); nothing of it was kept") from None
+        new.unlink(missing_ok=True)
+        raise cannot_write(file.parent, first_line(error), file.parent) from None
     with open(new, "rb") as written:
         os.fsync(written.fileno())
     new.rename(file)

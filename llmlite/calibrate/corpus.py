@@ -11,10 +11,12 @@ from pathlib import Path
 
 from llmlite.errors import InputError, OutsideError
 from llmlite.extras import need
+from llmlite.progress import console
 
 Message = dict[str, str]
 # The files of calibrate/data and their weights in the default mix; their origin is told in the README there.
 DEFAULT = {"prose.jsonl": 2, "web.jsonl": 2, "code.jsonl": 2, "chinese.jsonl": 1, "chat.jsonl": 1}
+DATASET_ROWS = 20_000  # of a named dataset that are read, from its beginning: far more than a calibration takes
 ROLES = {"human": "user", "gpt": "assistant"}  # the names that ShareGPT files use
 
 
@@ -57,7 +59,8 @@ def read_corpus(source: str) -> Corpus:
     Plain text is one document. A JSON record is a text (``text``), a chat (``messages`` or ``conversations``), or
     an instruction with its answer (``instruction``, ``input``, ``output``, or ``instances`` of the last two; or
     ``prompt``, ``completion``).
-    A dataset is named owner/name, owner/name:config or owner/name:config:split (needs the package ``datasets``).
+    A dataset is named owner/name, owner/name:config or owner/name:config:split (needs the package ``datasets``); of one
+    with more, the first `DATASET_ROWS` rows are read, and a note says so.
     """
     path = Path(source)
     if path.is_file():
@@ -159,7 +162,8 @@ def _dataset(name: str) -> Iterator[Document]:
         rows = datasets.load_dataset(path, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(rows, 1):
             yield _record(row, f"{name}, row {number}")
-            if number == 20_000:  # far more than any calibration takes
+            if number == DATASET_ROWS:
+                console.print(f"note: of {name} only the first {number:,} rows are read", style="yellow", markup=False)
                 return
     except ConnectionError as error:
         raise OutsideError(f"{name}: no such file, and the dataset hub can't be reached ({error})") from None

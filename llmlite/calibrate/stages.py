@@ -93,6 +93,20 @@ class StagedLayer:
         return stream
 
     @torch.no_grad()
+    def added(self, stage: int, start: int, batch: int) -> torch.Tensor | None:
+        """What the residual stream holds once ``stage`` has added to it, its weight as it is now; None as `residual`.
+
+        [rows, length, width]; to be asked for after `inputs` of the same rows.
+        """
+        stream = self.residual(stage, start, batch)
+        if stream is None:
+            return None
+        if self.fixed:
+            return stream.add_(self._output(stage, start, batch))
+        taken = self._kept[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
+        return stream.add_(self.linear(stage)(taken))
+
+    @torch.no_grad()
     def outputs(self, start: int, batch: int) -> torch.Tensor:
         """What the layer gives for rows from ``start``, once all stages are done: [rows, length, width]."""
         if start == 0:

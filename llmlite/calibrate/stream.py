@@ -13,8 +13,10 @@ import numpy as np
 import torch
 
 from llmlite.checkpoint.checkpoint import Checkpoint
-from llmlite.checkpoint.families import EMBEDDING, LAYER
+from llmlite.checkpoint.families import EMBEDDING, FINAL_NORM, LAYER
 from llmlite.errors import InputError
+from llmlite.memory import give_freed_memory_back
+from llmlite.progress import track
 
 
 class Activations:
@@ -147,6 +149,27 @@ class LayerStream:
         hidden = hidden.to(self.device, self.dtype)
         out = module(hidden, **self._for_batch(number, len(hidden)))
         return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def through(self, ids: np.ndarray, file: Path, batch: int, what: str) -> Activations:
+        """What the last layer gives for token rows [rows, length], the weights as they are; ``what`` is shown."""
+        hidden = self.embed(ids, file, batch)
+        for number in track(range(len(self._layers)), what):
+            with self.layer(number) as module:
+                for start in range(0, len(ids), batch):
+                    hidden.write(start, self.forward(number, module, hidden.read(start, batch)))
+            give_freed_memory_back()
+        return hidden
+
+    @contextmanager
+    def final_norm(self) -> Iterator[torch.nn.Module]:
+        """What stands between the last layer and the head, with its weights; they are gone again after the block."""
+        norm = self._model.norm
+        norm.load_state_dict({"weight": self._cast(FINAL_NORM)}, assign=True)
+        try:
+            yield norm
+        finally:
+            _forget_weights(norm)
 
     def _for_batch(self, number: int, rows: int) -> dict[str, Any]:
         """The caught arguments, cut or widened to the batch: only the first dimension can differ."""

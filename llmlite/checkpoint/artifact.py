@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmlite.errors import InputError, OutsideError
+from llmlite.errors import InputError, WriteError
 
 MANIFEST = "llmlite.json"
 JOURNAL = ".journal.json"  # in a partial directory that another run can go on with
@@ -28,8 +28,8 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
 
     Every file is flushed to the disk before the rename. What a killed run left behind is removed by the next
     run with the same ``out``, or with ``resume`` handed to it as it is; a directory that a live process still holds is
-    neither. An interrupt leaves a directory with a journal (`JOURNAL`) where it is. Raises `InputError` if ``out``
-    exists and is not an empty directory, or if another process is writing it.
+    neither. An interrupt or a full disk (`WriteError`) leaves a directory with a journal (`JOURNAL`) where it is.
+    Raises `InputError` if ``out`` exists and is not an empty directory, or if another process is writing it.
     """
     refuse_existing(out)
     out = out.resolve()
@@ -43,8 +43,15 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
             flush_directory(out.parent)
         except OSError as error:
             if error.errno in DISK_FAILED:
-                raise OutsideError(f"{out}: can't be written ({error.strerror}); nothing of it was kept") from None
+                raise cannot_write(out, error.strerror, partial) from None
             raise
+
+
+def cannot_write(out: Path, reason: str, partial: Path) -> WriteError:
+    """What ends a run that the disk has no room for; the directory ``partial`` stays if there is a journal in it."""
+    kept = (partial / JOURNAL).is_file()
+    left = "what is done is kept, and --resume goes on with it" if kept else "nothing of it was kept"
+    return WriteError(f"{out}: can't be written ({reason}); {left}")
 
 
 def partial_of(out: Path) -> Path:
@@ -76,7 +83,7 @@ def _hidden_directory(out: Path, ending: str, resume: bool = False) -> Iterator[
         _lock(lock, out)
         try:
             yield hidden
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, WriteError):
             if not (hidden / JOURNAL).is_file():
                 shutil.rmtree(hidden, ignore_errors=True)
             raise

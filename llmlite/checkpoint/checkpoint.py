@@ -48,6 +48,11 @@ class Checkpoint:
         return bool(self.config.get("tie_word_embeddings", HEAD not in self.tensors))
 
     @property
+    def head(self) -> str:
+        """The weight that gives the logits: the embedding where the two are tied."""
+        return EMBEDDING if self.tied else HEAD
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights, taken from the first decoder layer."""
         return self.tensors[f"{LAYER}0.{self.family.linears[0]}.weight"].dtype

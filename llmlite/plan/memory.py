@@ -16,6 +16,7 @@ COPIES_ROUNDED = 8
 MATRICES = 5
 COPIES_NEAREST = 5  # of a piece that is rounded to nearest
 PIECE = 2**24  # weights that round-to-nearest takes at a time
+HEAD_PIECE = 2**23  # weights of a head that are solved at a time, at least
 
 
 def working_memory(checkpoint: Checkpoint, plan: Plan, batch_tokens: int, networks: int) -> int:
@@ -37,10 +38,20 @@ def working_memory(checkpoint: Checkpoint, plan: Plan, batch_tokens: int, networ
 
 
 def _alone(checkpoint: Checkpoint, row: PlanRow) -> int:
-    """One tensor without moments: as stored, as written, and a piece of it being rounded."""
+    """One tensor outside the layers' stages: as stored, as written, and a piece of it being rounded."""
     stored = checkpoint.tensors[row.name].nbytes
-    rounded = row.parameters + min(row.parameters, PIECE) * FLOAT * COPIES_NEAREST if row.solver == "rtn" else 0
-    return stored + row.bytes + rounded
+    if row.solver == "cast":
+        return stored + row.bytes
+    if row.solver not in CALIBRATED:
+        return stored + row.bytes + row.parameters + min(row.parameters, PIECE) * FLOAT * COPIES_NEAREST
+    width = row.shape[1]
+    piece = min(row.parameters, rows_of_head(row) * width)
+    return stored + row.bytes + row.parameters + (piece * COPIES_ROUNDED + (4 + MATRICES) * width**2) * FLOAT
+
+
+def rows_of_head(row: PlanRow) -> int:
+    """How many rows of a head are solved together: no fewer than its channels, as each piece factors the moments."""
+    return max(HEAD_PIECE // row.shape[1], row.shape[1])
 
 
 def _layer(checkpoint: Checkpoint, plan: Plan, rows: list[PlanRow], batch_tokens: int, networks: int) -> int:

@@ -14,9 +14,10 @@ from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.checkpoint.safetensors_index import NAMES
 from llmlite.errors import InputError
+from llmlite.formats.gguf.types import grid_of
 from llmlite.plan.order import working_order
 from llmlite.plan.target import Target
-from llmlite.plan.types import TypeTable
+from llmlite.plan.types import Assigned, GgufTypes, TypeTable
 
 SolverName = Literal["auto", "rtn", "imatrix", "feedback"]
 CALIBRATED = ("imatrix", "feedback")  # the solvers that ask for the moments of a layer's inputs
@@ -84,10 +85,11 @@ def make_plan(checkpoint: Checkpoint, target: Target, types: TypeTable, solver: 
     assigned = types.assign(checkpoint)
     linears = {f"{LAYER}{i}.{name}.weight" for i in range(checkpoint.num_layers) for name in checkpoint.family.linears}
     chosen = _solver(target, types, solver, {assigned.types[name] for name in linears} & types.rounded)
+    solved = linears | {checkpoint.head} if chosen == "feedback" and _coarse(types, assigned, checkpoint) else linears
     rows = []
     for name in working_order(checkpoint):
         entry, kind = checkpoint.tensors[name], assigned.types[name]
-        how = "cast" if kind not in types.rounded else chosen if name in linears else "rtn"
+        how = "cast" if kind not in types.rounded else chosen if name in solved else "rtn"
         reason = types.refusal(kind, entry.shape)
         if reason:
             raise InputError(
@@ -96,6 +98,12 @@ def make_plan(checkpoint: Checkpoint, target: Target, types: TypeTable, solver: 
             )
         rows.append(PlanRow(name, entry.shape, NAMES[entry.dtype], kind, how, types.nbytes(name, kind, entry.shape)))
     return Plan(target, tuple(rows), assigned.notes)
+
+
+def _coarse(types: TypeTable, assigned: Assigned, checkpoint: Checkpoint) -> bool:
+    """The head becomes a type of fewer than 8 bits; with 8 and more, rounding to nearest loses next to nothing."""
+    kind = assigned.types[checkpoint.head]
+    return isinstance(types, GgufTypes) and kind in types.rounded and grid_of(kind).bits < 8
 
 
 def _better_group(checkpoint: Checkpoint, target: Target) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from llmlite.errors import InputError
 from llmlite.plan.presets import PRESETS, preset_name
-from llmlite.quantize.types import Grid
+from llmlite.quantize.types import Grid, ScaleRule
 
 BNB_TYPES = ("nf4", "int8")
 FORMATS = {
@@ -41,9 +41,14 @@ class Target:
         return f"{self.format}:{self.type}"
 
     def grid(self, scale_dtype: torch.dtype) -> Grid:
-        """The grid of a gptq or compressed-tensors target, scales kept in ``scale_dtype``."""
+        """The grid of a gptq or compressed-tensors target, scales kept in ``scale_dtype``.
+
+        Readers multiply by the scale, so it may be negative: the longer side of the codes, -2**(bits - 1), can then lie
+        on the side of a group that reaches farther. With 256 levels that is worth nothing.
+        """
         assert self.bits is not None
-        return Grid(self.bits, self.group, "symmetric" if self.symmetric else "integer", scale_dtype)
+        rule: ScaleRule = "signed" if self.symmetric and self.bits < 8 else "half"
+        return Grid(self.bits, self.group, "symmetric" if self.symmetric else "integer", scale_dtype, rule)
 
 
 def parse_target(text: str) -> Target:

@@ -2,8 +2,9 @@
 
 Channels are rounded one after the other, and the error of each is made good by the channels still to come, in the
 measure that the inputs' second moments allow. A block's ranges (a group's, or a super-block's) are fitted when it is
-reached, on the weights as compensated so far, with the moments' diagonal as importance; inside a block the channels
-go by falling second moment, since the first ones err the least.
+reached, on the weights as compensated so far, each channel weighed by what an error of it costs once the channels to
+come have made good what they can; inside a block the channels go by falling second moment, since the first ones err the
+least.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ def feedback(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, ranges: Ran
     """
     width, rows = target.shape[1], target.shape[0]
     block = grid.block(width)
-    fixed = ranges
-    if block == width and fixed is None:
-        fixed = fit(target, grid, matrix.diagonal())
-    order = _order(matrix.diagonal(), width if fixed is not None else block)
+    order = _order(matrix.diagonal(), width if ranges is not None else block)
     upper = feedback_factor(matrix, order)
+    costs = _in_place(upper.diagonal() ** -2, order)
+    fixed = fit(target, grid, costs) if block == width and ranges is None else ranges
     pivots, size = upper.diagonal().tolist(), grid.group or width
     homes = (order // size).tolist()
     rest = target.T[order]
@@ -41,7 +41,7 @@ def feedback(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, ranges: Ran
         stop = start + chunk
         if fixed is None and start % block == 0:
             inside = torch.argsort(order[start : start + block])  # back to the channels' own order
-            found.append(fit(rest[start : start + block][inside].T, grid, matrix.diagonal()[start : start + block]))
+            found.append(fit(rest[start : start + block][inside].T, grid, costs[start : start + block]))
             columns, base = ColumnGrid(grid, *_transposed(found[-1])), start // size
         assert columns is not None
         errors = torch.empty(stop - start, rows, device=target.device)
@@ -51,10 +51,24 @@ def feedback(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, ranges: Ran
             error = torch.sub(rest[j], value, out=errors[j - start]).div_(pivots[j])
             rest[j + 1 : stop].addr_(upper[j, j + 1 : stop], error, alpha=-1)
         rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
-    home = torch.empty_like(codes)
-    home[order] = codes
     kept = fixed if fixed is not None else _side_by_side(found)
-    return Rounded(grid, home.T.contiguous(), kept)
+    return Rounded(grid, _in_place(codes, order).T.contiguous(), kept)
+
+
+def error_costs(matrix: torch.Tensor) -> torch.Tensor:
+    """What a squared error of each channel costs with feedback in one order across all of them: float32 [in].
+
+    That is the part of its second moment that the channels after it do not explain. ``matrix`` as for `feedback`.
+    """
+    order = _order(matrix.diagonal(), len(matrix))
+    return _in_place(feedback_factor(matrix, order).diagonal() ** -2, order)
+
+
+def _in_place(ordered: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """What was in ``order`` [in, ...] in the channels' own order."""
+    out = torch.empty_like(ordered)
+    out[order] = ordered
+    return out
 
 
 def _order(diagonal: torch.Tensor, block: int) -> torch.Tensor:

@@ -44,8 +44,8 @@ class Grid:
 
     ``group`` counts input channels that share a scale; None means one scale per output channel.
     ``scale_rule`` says how a symmetric scale follows from the largest magnitude m of a group:
-    ``half`` m / (2**bits - 1) * 2 (GPTQ, compressed-tensors), ``signed`` the extreme value, sign kept,
-    lands on code 0 (llama.cpp's Q4_0; the scale may be negative), ``narrow`` m / (2**(bits - 1) - 1)
+    ``half`` m / (2**bits - 1) * 2, ``signed`` the extreme value, sign kept, lands on code 0 (llama.cpp's
+    Q4_0; the scale may be negative), ``narrow`` m / (2**(bits - 1) - 1)
     (llama.cpp's Q8_0).
     ``scale_dtype`` is what the file keeps: scales and minimums are rounded to it before any code is chosen.
     ``codebook``: what the codes of a symmetric grid stand for where they are not evenly spaced, rising.
@@ -84,7 +84,8 @@ class Grid:
 class Moments:
     """Second moments of a linear layer's inputs over the calibration tokens.
 
-    ``xxt``: sum over tokens of x xT, float32 [in, in]; ``count``: tokens summed.
+    ``xxt``: sum over tokens of x xT, float32 [in, in], each as weighty as an error of its output is; ``count``: tokens
+    summed.
     ``cross``: sum of y xT, float32 [in, in], where y is the input that the unquantized network has in x's place; None
     where the inputs are the unquantized network's own.
     ``residual``: sum of r xT, float32 [out, in], where r is what the unquantized network's residual stream has more at

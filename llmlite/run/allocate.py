@@ -30,7 +30,7 @@ class Offer:
 
     ``candidates(name)``: the types a tensor can take, in any order; ``nbytes(name, type)``: what one takes on disk;
     ``rounder(name, type, importance)``: the weight [out, in] that its reader sees, importance float32 [in] the mean
-    square of each of its inputs, None for an embedding.
+    square of each of its inputs, None for an embedding that is not the head too.
     """
 
     candidates: Callable[[str], list[str]]
@@ -133,7 +133,7 @@ def allocate(
 
 
 def _importance(name: str, curvatures: Curvatures) -> torch.Tensor | None:
-    return curvatures[name][0].inputs
+    return curvatures[name][-1].inputs  # of an embedding that is the head too, the head's
 
 
 def _weighted(rounder: Rounder, importance: dict[str, torch.Tensor | None], name: str, kind: str) -> torch.Tensor:

@@ -19,10 +19,14 @@ from llmlite.plan.plan import Plan
 
 @dataclass
 class Journal:
-    """What a run is, how many decoder layers of it are done, and the relative weighted errors of their weights."""
+    """What a run is, how far it has come, and the relative weighted errors of the weights that are done.
+
+    ``layers``: decoder layers that are done; ``head``: so is a head that is rounded by what the last of them gives.
+    """
 
     run: dict[str, Any]
     layers: int = 0
+    head: bool = False
     errors: dict[str, float] = field(default_factory=dict)
 
     def write(self, directory: Path) -> None:
@@ -40,7 +44,7 @@ def read_journal(out: Path) -> Journal | None:
     file = partial_of(out) / JOURNAL
     try:
         found = json.loads(file.read_text())
-        return Journal(found["run"], found["layers"], found["errors"])
+        return Journal(found["run"], found["layers"], found["head"], found["errors"])
     except (OSError, ValueError, KeyError, TypeError):  # it is written in one step, so this is no journal of ours
         return None
 

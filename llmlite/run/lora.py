@@ -30,10 +30,17 @@ from llmlite.adapt.lora import (
 from llmlite.adapt.training import Trained, check_training, computing_dtype, train
 from llmlite.adapt.training_state import disk_needed
 from llmlite.calibrate.corpus import read_corpus
-from llmlite.checkpoint.artifact import refuse_existing, refuse_full_disk, scratch_directory, sha256_of, write_manifest
+from llmlite.checkpoint.artifact import (
+    cannot_write,
+    refuse_existing,
+    refuse_full_disk,
+    scratch_directory,
+    sha256_of,
+    write_manifest,
+)
 from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.families import family_of
-from llmlite.errors import InputError, OutsideError, first_line
+from llmlite.errors import InputError, first_line
 from llmlite.evals.hf import load_tokenizer
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
@@ -203,7 +210,9 @@ def check_init(settings: LoraSettings) -> None:
         said = "says what --init qera, eora or loftq begins with"
     else:
         base_of(settings)
-        others, said = ("kind", "alpha", "targets", "quantize"), f"does not go with --init {settings.init}"
+        others, said = ("kind", "alpha", "targets", "quantize", "revision"), f"does not go with --init {settings.init}"
+        if settings.init == "loftq":  # goes by the weights alone
+            others += ("calibration", "calibration_tokens")
     values, defaults = asdict(settings), asdict(plain)
     for name in others:
         if values[name] != defaults[name]:
@@ -319,9 +328,7 @@ def _write(
     try:
         adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     except SafetensorError as error:  # the library's word for a full disk too
-        raise OutsideError(
-            f"{done.directory}: can't be written ({first_line(error)}); nothing of it was kept"
-        ) from None
+        raise cannot_write(done.directory, first_line(error), folder) from None
     if settings.gguf:
         write_gguf_lora(read_adapter(folder), unquantized(read_config(directory)), folder / GGUF_LORA)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in

@@ -127,7 +127,7 @@ def quantize_checkpoint(
         try:
             calibration = rows if plan.calibrated and not settings.imatrix else None
             if calibration is not None and journal.layers < checkpoint.num_layers:
-                console.print(f"time: about {_spoken(job.estimate(calibration))} for the layers", style="dim")
+                console.print(f"time: about {_spoken(job.estimate(calibration))} for the rounding", style="dim")
             errors = job.run(calibration)
             sink.close()
         finally:

@@ -163,6 +163,11 @@ def test_the_verb_makes_it_and_training_goes_on_from_it(base, artifact, tmp_path
         (["--steps", "0"], "--base is missing"),
         (["--base", str(base), "--kind", "dora", "--steps", "0"], "--kind: does not go with --init qera"),
         (["--base", str(base), "--data", "chats.jsonl", "--steps", "0"], "--data: with --steps 0 nothing is trained"),
+        (["--base", str(base), "--revision", "main", "--steps", "0"], "--revision: does not go with --init qera"),
+        (
+            ["--base", str(base), "--init", "loftq", "--steps", "0"],
+            "--calibration-tokens: does not go with --init loftq",
+        ),
     ):
         assert main([*words, *wrong, "-o", str(tmp_path / "none")]) == 2
         assert said in " ".join(capsys.readouterr().err.split())

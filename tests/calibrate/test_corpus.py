@@ -6,11 +6,13 @@ from dataclasses import replace
 from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from llmlite.calibrate import corpus
 from llmlite.calibrate.corpus import default_corpora, read_corpus
 from llmlite.calibrate.rows import encode, token_rows
 from llmlite.checkpoint.gguf_header import read_gguf
@@ -42,6 +44,16 @@ def test_each_kind_of_record_becomes_a_document(tmp_path):
     listed = tmp_path / "x.json"
     listed.write_text(json.dumps([{"text": "plain"}]))
     assert read_corpus(str(listed)).documents == documents[:1]
+
+
+def test_of_a_long_dataset_the_first_rows_are_read_and_it_is_said(monkeypatch, capsys):
+    rows = [{"text": f"row {number}"} for number in range(12)]
+    library = SimpleNamespace(load_dataset=lambda *_args, **_named: rows)
+    monkeypatch.setattr(corpus, "need", lambda *_: library)
+    monkeypatch.setattr(corpus, "DATASET_ROWS", 10)
+    read = read_corpus("owner/name")
+    assert [document.text for document in read.documents] == [row["text"] for row in rows[:10]]
+    assert "of owner/name only the first 10 rows are read" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(
@@ -141,8 +153,8 @@ def test_chats_go_through_the_template():
     (*texts, chat), tokenizer = default_corpora(), tiny_tokenizer()
     text = tokenizer.decode(encode(chat.documents[0], tokenizer))
     assert text.startswith("<|im_start|>user\n")
-    for corpus in texts:
-        assert corpus.documents[0].text[:20] in tokenizer.decode(encode(corpus.documents[0], tokenizer))
+    for one in texts:
+        assert one.documents[0].text[:20] in tokenizer.decode(encode(one.documents[0], tokenizer))
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         token_rows([chat], tokenizer, 1000, 16, 0)

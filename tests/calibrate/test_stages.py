@@ -138,8 +138,11 @@ def test_a_closed_part_runs_no_more(tmp_path, ids: np.ndarray):
         assert len(calls) == 4
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_residual_stream_is_the_whole_models_where_a_stage_adds_to_it(tmp_path, family: str, ids: np.ndarray):
+def test_the_residual_stream_is_the_whole_models_where_a_stage_adds_to_it(
+    tmp_path, family: str, fixed: bool, ids: np.ndarray
+):
     """Before the attention's output it is what entered the layer, before the feed-forward's what its norm takes in."""
     checkpoint = open_checkpoint(save_tiny(tmp_path / "model", family))
     model, stream = tiny_model(family), LayerStream(checkpoint)
@@ -147,16 +150,19 @@ def test_the_residual_stream_is_the_whole_models_where_a_stage_adds_to_it(tmp_pa
     layer: Any = model.model.layers[0]
     layer.input_layernorm.register_forward_pre_hook(lambda _, args: want.update({1: args[0].clone()}))
     layer.post_attention_layernorm.register_forward_pre_hook(lambda _, args: want.update({3: args[0].clone()}))
+    layer.register_forward_hook(lambda _, _args, out: want.update({5: out[0] if isinstance(out, tuple) else out}))
     hidden = stream.embed(ids, tmp_path / "hidden", BATCH)
     with stream.layer(0) as module:
-        staged = StagedLayer(stream, 0, module, hidden, tmp_path / "a")
+        staged = StagedLayer(stream, 0, module, hidden, tmp_path / "a", fixed=fixed)
         model(torch.from_numpy(ids))
         for stage in range(4):
             all_inputs(staged, stage)
             if family == "gemma3_text" or stage in (0, 2):
                 assert staged.residual(stage, 0, BATCH) is None
+                assert staged.added(stage, 0, BATCH) is None
             else:
-                parts: list[Any] = [staged.residual(stage, start, BATCH) for start in range(0, ROWS, BATCH)]
-                close(torch.cat(parts), want[stage].detach())
+                for what, place in ((staged.residual, stage), (staged.added, stage + 2)):
+                    parts: list[Any] = [what(stage, start, BATCH) for start in range(0, ROWS, BATCH)]
+                    close(torch.cat(parts), want[place].detach())
         staged.close()
     assert torch.equal(hidden.read(0, ROWS), stream.embed(ids, tmp_path / "again", BATCH).read(0, ROWS))

@@ -42,7 +42,7 @@ class Case:
 
 
 CASES = [
-    Case("w4g32 symmetric float32", "llama", F32, Grid(4, 32, scale_dtype=F32)),
+    Case("w4g32 symmetric float32", "llama", F32, Grid(4, 32, scale_dtype=F32, scale_rule="signed")),
     Case("w4g64 asymmetric bfloat16", "qwen3", BF16, Grid(4, 64, "integer", BF16)),
     Case("w4 channel asymmetric float16", "qwen2", F16, Grid(4, None, "integer", F16)),
     Case("w8 channel symmetric bfloat16", "llama", BF16, Grid(8, None, "symmetric", BF16)),

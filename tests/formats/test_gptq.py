@@ -41,16 +41,16 @@ class Case:
 
 CASES = [
     Case("w2g16 asymmetric", "llama", F32, Grid(2, 16, "integer")),
-    Case("w3g32 symmetric act-order", "llama", F32, Grid(3, 32), act_order=True),
+    Case("w3g32 symmetric act-order", "llama", F32, Grid(3, 32, scale_rule="signed"), act_order=True),
     Case("w3 channel asymmetric", "qwen2", F32, Grid(3, None, "integer")),
-    Case("w4g32 symmetric", "llama", F32, Grid(4, 32)),
+    Case("w4g32 symmetric", "llama", F32, Grid(4, 32, scale_rule="signed")),
     Case("w4g64 asymmetric act-order", "qwen3", F32, Grid(4, 64, "integer"), act_order=True),
-    Case("w4g16 symmetric", "llama", F32, Grid(4, 16)),
+    Case("w4g16 symmetric", "llama", F32, Grid(4, 16, scale_rule="signed")),
     Case("w4 channel asymmetric", "qwen2", F32, Grid(4, None, "integer")),
     Case("w8g128 symmetric", "llama", F32, Grid(8, 128)),
     Case("w8 channel asymmetric", "qwen3", F32, Grid(8, None, "integer"), left="model.layers.1.mlp.down_proj"),
-    Case("w4g32 float16", "llama", F16, Grid(4, 32)),
-    Case("w4g32 bfloat16", "llama", BF16, Grid(4, 32)),
+    Case("w4g32 float16", "llama", F16, Grid(4, 32, scale_rule="signed")),
+    Case("w4g32 bfloat16", "llama", BF16, Grid(4, 32, scale_rule="signed")),
     Case("w8g32 bfloat16", "llama", BF16, Grid(8, 32)),
 ]
 # In float32 the layers are plain products of the same numbers (0 measured). Else the kernels may sum in another order

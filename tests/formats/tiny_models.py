@@ -89,7 +89,7 @@ def linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 
 
 def round_to_nearest(weight: torch.Tensor, grid: Grid, group_index: torch.Tensor | None = None) -> Rounded:
-    """Plain rounding on a symmetric ("half") or integer grid, groups where ``group_index`` says."""
+    """Plain rounding on a symmetric ("half" or "signed") or integer grid, groups where ``group_index`` says."""
     out, width = weight.shape
     index = group_index
     if index is None:
@@ -99,7 +99,11 @@ def round_to_nearest(weight: torch.Tensor, grid: Grid, group_index: torch.Tensor
     for g in range(groups):
         members = weight[:, index == g].float()
         if grid.zero == "symmetric":
-            scales[:, g] = members.abs().amax(1) * 2 / (grid.levels - 1)
+            if grid.scale_rule == "signed":
+                extreme = members.gather(1, members.abs().argmax(1, keepdim=True))[:, 0]
+                scales[:, g] = extreme / -(grid.levels // 2)
+            else:
+                scales[:, g] = members.abs().amax(1) * 2 / (grid.levels - 1)
             zeros[:, g] = grid.levels // 2
         else:
             low, high = members.amin(1).clamp(max=0), members.amax(1).clamp(min=0)

@@ -29,6 +29,9 @@ def plan_of(directory, to, solver="auto", rules=()):
 def test_targets(text, bits, group, symmetric):
     target = parse_target(text)
     assert (target.bits, target.group, target.symmetric) == (bits, group, symmetric)
+    grid = target.grid(torch.float16)
+    assert (grid.bits, grid.group) == (bits, group)
+    assert (grid.zero, grid.scale_rule == "signed") == (("symmetric", bits < 8) if symmetric else ("integer", False))
 
 
 @pytest.mark.parametrize(

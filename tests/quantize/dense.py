@@ -61,6 +61,7 @@ def optimal_brain(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, fixed:
     block = width if fixed is not None else grid.block(width)
     order = [start + int(c) for start in range(0, width, block)
              for c in torch.argsort(diagonal[start : start + block], descending=True, stable=True)]  # fmt: skip
+    costs = _costs(matrix, order)
     rest, inverse = target.double().clone(), torch.linalg.inv(matrix.double())
     index = torch.zeros(rows, width, dtype=torch.long)
     parts: list[Ranges] = []
@@ -68,7 +69,7 @@ def optimal_brain(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, fixed:
     for place, c in enumerate(order):
         if fixed is None and place % block == 0:
             here = slice(place, place + block)
-            parts.append(fit(rest[:, here].to(target.dtype), grid, diagonal[here]))
+            parts.append(fit(rest[:, here].to(target.dtype), grid, costs[here].to(target.dtype)))
             base = place // size
         ranges = fixed if fixed is not None else parts[-1]
         group = c // size - base
@@ -83,6 +84,15 @@ def optimal_brain(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, fixed:
         return Dense(grid, index, fixed)
     columns = zip(*(part.tensors() for part in parts), strict=True)
     return Dense(grid, index, Ranges(*(None if c[0] is None else torch.cat(c, 1) for c in columns)))  # type: ignore[arg-type]
+
+
+def _costs(matrix: torch.Tensor, order: list[int]) -> torch.Tensor:
+    """What is left of each channel's second moment once those after it in the order explain it: float64 [in]."""
+    m, out = matrix.double(), torch.zeros(len(matrix), dtype=torch.float64)
+    for place, c in enumerate(order):
+        later = order[place + 1 :]
+        out[c] = m[c, c] - (m[c, later] @ torch.linalg.solve(m[later][:, later], m[later, c]) if later else 0)
+    return out
 
 
 def sweep(weight: Dense, target: torch.Tensor, matrix: torch.Tensor) -> None:

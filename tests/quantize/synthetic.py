@@ -11,11 +11,11 @@ from llmlite.quantize.types import Grid, Moments, SuperBlock
 GGUF: dict[str, Grid] = {name: kind.grid for name, kind in TYPES.items() if kind.grid is not None}
 SUPERS = [name for name, grid in GGUF.items() if grid.super_block is not None]
 OTHER = {
-    "gptq-4": Grid(4, 128),
+    "gptq-4": Grid(4, 128, scale_rule="signed"),
     "gptq-3-asymmetric": Grid(3, 32, "integer"),
     "gptq-8-row": Grid(8, None),
     "gptq-2-row-asymmetric": Grid(2, None, "integer"),
-    "compressed-4-bfloat16": Grid(4, 64, scale_dtype=torch.bfloat16),
+    "compressed-4-bfloat16": Grid(4, 64, scale_dtype=torch.bfloat16, scale_rule="signed"),
     "nf4": Grid(4, 64, scale_dtype=torch.float32, codebook=NF4),
 }
 GRIDS: dict[str, Grid] = {**GGUF, **OTHER}

@@ -78,6 +78,37 @@ def test_feedback_beats_rounding_to_nearest_on_text_that_it_was_not_calibrated_o
     assert divergence["feedback"] < 0.9 * divergence["rtn"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_few_bits_loses_less_of_the_logits_with_feedback(tmp_path, tied):
+    from gguf import GGUFReader
+    from gguf.quants import dequantize
+
+    from llmlite.calibrate.corpus import default_corpora
+    from llmlite.calibrate.rows import token_rows
+    from tests.tiny import tiny_tokenizer
+
+    base = save_tiny(tmp_path / "base", tie_word_embeddings=tied)
+    held_out = torch.from_numpy(token_rows(default_corpora(), tiny_tokenizer(), 1024, 64, seed=1).ids)
+    model = tiny_model(tie_word_embeddings=tied)
+    with torch.no_grad():
+        hidden = model.model(held_out).last_hidden_state.flatten(0, 1)
+    rule = f"{'embed_tokens' if tied else 'lm_head'}=q4_0"
+    lost = {}
+    for solver in ("rtn", "feedback"):
+        settings = QuantizeSettings(
+            "gguf:q8_0", solver=solver, types=(rule,), calibration_tokens=8192, row_length=64, sweeps=1
+        )
+        done = quantize(base, tmp_path / solver, settings)
+        (row,) = (row for row in done.plan.rows if row.type == "q4_0")
+        assert row.solver == solver
+        tensors = {tensor.name: tensor for tensor in GGUFReader(tmp_path / solver / "model.gguf").tensors}
+        tensor = tensors["token_embd.weight" if tied else "output.weight"]
+        weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
+        lost[solver] = float((hidden @ (model.lm_head.weight.detach() - weight).T).square().mean())
+    print(lost)
+    assert lost["feedback"] < 0.7 * lost["rtn"]
+
+
 def test_the_same_words_give_the_same_bytes(tmp_path):
     base = save_tiny(tmp_path / "base")
     settings = QuantizeSettings("gptq:w4g32", **SMALL)
@@ -339,7 +370,7 @@ def test_the_time_that_is_told_before_work_grows_with_layers_and_calibration_tex
             quantize(base, out, settings)
         assert not [file for file in out.iterdir() if file.name.startswith(".")]
         err = capsys.readouterr().err
-        said = re.search(r"time: about (\d+) seconds for the layers", err)
+        said = re.search(r"time: about (\d+) seconds for the rounding", err)
         assert said, err
         return float(said[1])
 

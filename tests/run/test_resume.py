@@ -1,5 +1,6 @@
 """A run that was cut off goes on at the next decoder layer, and ends in the bytes of one that was not."""
 
+import errno
 import hashlib
 import json
 import os
@@ -14,13 +15,15 @@ import numpy as np
 import pytest
 
 from llmlite.checkpoint.artifact import JOURNAL
-from llmlite.errors import InputError
+from llmlite.errors import InputError, OutsideError
+from llmlite.run import sinks
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.tiny import save_tiny
 
 TARGETS = [
     ("compressed-tensors:w4a16g32", "feedback"),
     ("gguf:q4_0", "feedback"),
+    ("gguf:iq4_nl-pure", "feedback"),  # the head too, after the layers
     ("bnb:nf4", "feedback"),
     ("gguf:q8_0", "rtn"),
     ("compressed-tensors:w8a16", "rtn"),
@@ -161,6 +164,24 @@ def test_with_nothing_to_resume_it_begins_at_the_beginning_and_says_so(tmp_path,
     quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings("gguf:q8_0", solver="rtn", resume=True))
     assert "no unfinished run" in capsys.readouterr().err.replace("\n", " ")
     assert "resume" not in json.loads((tmp_path / "out" / "llmlite.json").read_text())["settings"]
+
+
+def test_a_full_disk_keeps_what_can_be_gone_on_with_and_says_so(tmp_path, monkeypatch):
+    settings, flush, calls = made(tmp_path, 3), sinks.GgufSink.flush, []
+
+    def full(sink):
+        calls.append(sink)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(sink)
+
+    quantize(tmp_path / "base", tmp_path / "whole", QuantizeSettings(**settings))
+    monkeypatch.setattr(sinks.GgufSink, "flush", full)
+    with pytest.raises(OutsideError, match=r"No space left on device\); what is done is kept, and --resume goes on"):
+        quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings))
+    assert json.loads((tmp_path / ".out.partial" / JOURNAL).read_text())["layers"] == 1
+    quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings, resume=True))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
 def test_an_interrupt_keeps_what_can_be_gone_on_with_and_says_so(tmp_path):
