@@ -47,7 +47,7 @@ def test_training_brings_the_artifact_much_nearer_at_the_same_bytes(tmp_path, ta
     size = (out / "model.safetensors").stat().st_size
     told = qat(checkpoint, stored, TEXT, FAST, tmp_path)
     put_in_place(stored)
-    assert told.after < 0.85 * told.before
+    assert told.after < 0.9 * told.before
     assert (out / "model.safetensors").stat().st_size == size
     assert not [name for name in os.listdir(out) if name.startswith(".")]
     again = stored_of(checkpoint, out, target)  # what lies on the disk now, judged anew
