@@ -44,14 +44,14 @@ def _alone(checkpoint: Checkpoint, row: PlanRow) -> int:
         return stored + row.bytes
     if row.solver not in CALIBRATED:
         return stored + row.bytes + row.parameters + min(row.parameters, PIECE) * FLOAT * COPIES_NEAREST
-    width = row.shape[1]
-    piece = min(row.parameters, rows_of_head(row) * width)
+    rows, width = row.shape
+    piece = rows_of_head(rows, width) * width
     return stored + row.bytes + row.parameters + (piece * COPIES_ROUNDED + (4 + MATRICES) * width**2) * FLOAT
 
 
-def rows_of_head(row: PlanRow) -> int:
-    """How many rows of a head are solved together: no fewer than its channels, as each piece factors the moments."""
-    return max(HEAD_PIECE // row.shape[1], row.shape[1])
+def rows_of_head(rows: int, width: int) -> int:
+    """How many rows of a head [rows, width] are solved together: at least ``width``, as each piece factors [in, in]."""
+    return min(rows, max(HEAD_PIECE // width, width))
 
 
 def _layer(checkpoint: Checkpoint, plan: Plan, rows: list[PlanRow], batch_tokens: int, networks: int) -> int:

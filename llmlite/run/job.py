@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -22,21 +21,17 @@ from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.errors import InputError, first_line
 from llmlite.memory import give_freed_memory_back
-from llmlite.plan.memory import rows_of_head
 from llmlite.plan.plan import CALIBRATED, Plan, PlanRow
 from llmlite.progress import track
-from llmlite.quantize.rtn import round_to_nearest, row_errors, stack
+from llmlite.quantize.rtn import round_to_nearest
 from llmlite.quantize.solve import SolverSettings, solve
 from llmlite.quantize.types import Grid, Moments, Rounded
+from llmlite.run.head import TIED_DAMPING, enough_rows, head_moments, solve_in_pieces
 from llmlite.run.journal import Journal
 from llmlite.run.sinks import Sink
+from llmlite.run.timing import Clock
 
 BATCH_TOKENS = 512
-TINY = 1e-30  # mean squares of a token's hidden state below it count as this much
-HEAD_TOKENS = 8  # of the calibration text for each channel of a tied head, which is rounded before anything else
-# Added to the moments of a tied head, as a share of their median diagonal: the weight is the embedding as well, where
-# an error counts in all channels alike. (On SmolLM2-135M's calibration text 0.1 and 0.3 gave the same, 1 a worse KL.)
-TIED_DAMPING = 0.3
 ESTIMATE_ROWS = 2048  # of a head are solved to see how long all will take
 PHASES = ("capture", "moments", "solving", "writing")  # what `Job.seconds` tells apart
 
@@ -64,14 +59,18 @@ class Job:
     """Rounds and writes every row of a plan; `errors` has each rounded tensor's relative weighted error.
 
     ``journal``: how far an earlier run of the same job has come; it is kept up to date after each decoder layer.
-    `seconds`: where the time of this run went.
     """
 
     def __init__(self, checkpoint: Checkpoint, plan: Plan, sink: Sink, work: Work, journal: Journal):
         self.checkpoint, self.plan, self.sink, self.work, self.journal = checkpoint, plan, sink, work, journal
         self.errors = dict(journal.errors)
-        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self._clocks = {phase: Clock(work.device) for phase in PHASES}
         self._weighs = any(row.solver == "feedback" for row in plan.rows)  # an importance matrix has tokens alike
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Where the time of this run went."""
+        return {phase: clock.seconds for phase, clock in self._clocks.items()}
 
     def run(self, rows: Rows | None) -> dict[str, float]:
         """Write every row; ``rows`` are the calibration tokens where the plan asks for them."""
@@ -107,13 +106,12 @@ class Job:
     def estimate(self, rows: Rows) -> float:
         """Seconds that the layers still to do, and a head that is solved, will take; nothing is written.
 
-        From one layer run on two batches, of which the second is what counts and the first warms up, and from a part of
-        the head. Loading and solving take as long as they will.
+        From one layer run on two batches, of which the first only warms up, and from a part of the head.
         """
         done, batch, stream = self.journal.layers, self._batch(rows), self._stream()
         layer = self._parts()[1][done]
         few = rows.ids[np.arange(2 * batch) % len(rows.ids)]
-        once, each, passed = (_Clock(self.work.device) for _ in range(3))
+        once, each, passed = (Clock(self.work.device) for _ in range(3))
         with ExitStack() as stack:
             hidden = {}
             for name in self._networks:
@@ -144,22 +142,20 @@ class Job:
         give_freed_memory_back()
         return head + (self.checkpoint.num_layers - done) * (once.seconds + each.seconds * len(rows.ids) / batch)
 
-    def _estimated_head(
-        self, stream: LayerStream, hidden: dict[str, Activations], rows: Rows, seconds_a_batch: float
-    ) -> float:
-        """Seconds for the head, from few of its rows; ``seconds_a_batch``: how long one takes through a layer."""
+    def _estimated_head(self, stream: LayerStream, hidden: dict[str, Activations], rows: Rows, each: float) -> float:
+        """Seconds for the head, from few of its rows; ``each``: how long a batch takes through a layer."""
         tied = self.checkpoint.tied
         row = next(row for row in self.plan.rows if row.name == self.checkpoint.head)
         if row.solver not in CALIBRATED or (tied and self.journal.layers):
             return 0.0
-        moments, clock = self._head_moments(stream, hidden, self._batch(rows)), _Clock(self.work.device)
+        moments, clock = head_moments(stream, hidden, self._batch(rows)), Clock(self.work.device)
         weight, grid = self._read(row)[:ESTIMATE_ROWS].to(self.work.device).float(), self.sink.grid(row)
         assert grid is not None
         with clock:
             self._solved(row, weight, moments, grid, self.work.solver)
         solving = clock.seconds * row.shape[0] / len(weight)
-        batches = len(self._few(row, rows)) / self._batch(rows)
-        return solving + (self.checkpoint.num_layers * batches * seconds_a_batch if tied else 0.0)
+        batches = len(enough_rows(row, rows.ids)) / self._batch(rows)
+        return solving + (self.checkpoint.num_layers * batches * each if tied else 0.0)
 
     def _parts(self) -> tuple[list[PlanRow], list[list[PlanRow]], list[PlanRow]]:
         layers: list[list[PlanRow]] = [[] for _ in range(self.checkpoint.num_layers)]
@@ -174,18 +170,10 @@ class Job:
 
     def _write_journal(self, layers: int) -> None:
         """So many layers are done, and what they wrote is on the disk: a killed run goes on after them."""
-        with self._timed("writing"):
+        with self._clocks["writing"]:
             self.sink.flush()
             self.journal.layers, self.journal.errors = layers, dict(self.errors)
             self.journal.write(self.work.scratch)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - started
 
     def _read(self, row: PlanRow) -> torch.Tensor:
         tensor = self.checkpoint.read(row.name)
@@ -198,20 +186,20 @@ class Job:
         tensor = self._read(row)
         grid = self.sink.grid(row)
         if row.solver == "cast":
-            with self._timed("writing"):
+            with self._clocks["writing"]:
                 self.sink.cast(row, tensor)
         elif grid is None:
-            with self._timed("solving"):
+            with self._clocks["solving"]:
                 self.sink.encode(row, tensor.to(self.work.device))
         else:
-            with self._timed("solving"):
+            with self._clocks["solving"]:
                 importance = self.work.importance.get(row.name)
                 rounded = round_to_nearest(tensor.to(self.work.device), None, grid, importance)
             self._put(row, rounded)
 
     def _put(self, row: PlanRow, rounded: Rounded) -> None:
         self.errors[row.name] = rounded.error
-        with self._timed("writing"):
+        with self._clocks["writing"]:
             self.sink.rounded(row, rounded.cpu())
 
     def _calibrated(self, layers: list[list[PlanRow]], rows: Rows, to_the_end: bool) -> dict[str, Activations]:
@@ -223,7 +211,7 @@ class Job:
         hidden = self._first_inputs(stream, rows, batch)
         for number in track(range(self.journal.layers, len(layers)), "layers"):
             with ExitStack() as stack:
-                with self._timed("capture"):
+                with self._clocks["capture"]:
                     staged = self._staged(stream, number, hidden, stack)
                 self._layer(number, layers[number], staged, batch)
                 last = number + 1 == len(layers) and not to_the_end
@@ -238,54 +226,30 @@ class Job:
     def _tied_head(self, row: PlanRow, rows: Rows) -> None:
         """The embedding that is the head too, by what the unquantized network gives it on a part of the text."""
         stream, batch = self._stream(), self._batch(rows)
-        with self._timed("capture"):
-            hidden = stream.through(self._few(row, rows), self._file("head", 0), batch, "head's inputs")
-        moments = self._head_moments(stream, {"rounded": hidden}, batch)
+        with self._clocks["capture"]:
+            hidden = stream.through(enough_rows(row, rows.ids), self._file("head", 0), batch, "head's inputs")
+        with self._clocks["moments"]:
+            moments = head_moments(stream, {"rounded": hidden}, batch)
         hidden.remove()
         self._head(row, moments, replace(self.work.solver, damping=max(TIED_DAMPING, self.work.solver.damping)))
 
-    @staticmethod
-    def _few(row: PlanRow, rows: Rows) -> np.ndarray:
-        """Rows of the text, spread over it, that are enough for a tied head."""
-        wanted = -(-HEAD_TOKENS * row.shape[1] // rows.ids.shape[1])
-        return rows.ids[:: max(len(rows.ids) // wanted, 1)]
-
     def _own_head(self, row: PlanRow, hidden: dict[str, Activations], batch: int) -> None:
         """A head with a weight of its own, by what the rounded network gives it."""
-        self._head(row, self._head_moments(self._stream(), hidden, batch), self.work.solver)
+        with self._clocks["moments"]:
+            moments = head_moments(self._stream(), hidden, batch)
+        self._head(row, moments, self.work.solver)
         self.journal.head = True
         self._write_journal(self.checkpoint.num_layers)
         for activations in hidden.values():
             activations.remove()
 
-    def _head_moments(self, stream: LayerStream, hidden: dict[str, Activations], batch: int) -> Moments:
-        """The moments of the head's inputs, from the last layer's outputs in each network."""
-        now, ideal = hidden["rounded"], hidden.get("original")
-
-        def entering(activations: Activations) -> torch.Tensor:
-            return norm(activations.read(start, batch).to(stream.device, stream.dtype))
-
-        with self._timed("moments"), stream.final_norm() as norm, torch.no_grad():
-            sums = MomentSums(now.shape[2], now.shape[0], self.work.device)
-            for start in range(0, now.shape[0], batch):
-                sums.add(start, entering(now), None if ideal is None else entering(ideal))
-            if not sums.finite:
-                raise InputError(f"{self.checkpoint.source}: the inputs of the head are not all finite on the text")
-            return sums.moments()
-
     def _head(self, row: PlanRow, moments: Moments, settings: SolverSettings) -> None:
-        """Round and write a head, some rows at a time."""
-        grid = self.sink.grid(row)
+        """Round and write a head."""
+        grid, weight = self.sink.grid(row), self._read(row)
         assert grid is not None
-        weight, judge = self._read(row), moments.held or moments
-        pieces, lost, whole = [], 0.0, 0.0
-        for part in track(weight.split(rows_of_head(row)), "head"):
-            with self._timed("solving"):
-                part = part.to(self.work.device).float()
-                pieces.append(self._solved(row, part, moments, grid, settings).cpu())
-                size = float(row_errors(part, torch.zeros_like(part), judge).sum())
-                lost, whole = lost + pieces[-1].error * size, whole + size
-        self._put(row, replace(stack(pieces), error=lost / whole if whole > 0 else 0.0))
+        with self._clocks["solving"]:
+            rounded = solve_in_pieces(weight, moments, lambda part: self._solved(row, part, moments, grid, settings))
+        self._put(row, rounded)
 
     def _stream(self) -> LayerStream:
         return LayerStream(self.checkpoint, self.work.device, self.work.dtype)
@@ -315,7 +279,7 @@ class Job:
     def _first_inputs(self, stream: LayerStream, rows: Rows, batch: int) -> dict[str, Activations]:
         """What the first layer to do takes in, in the rounded network and, to see the drift, in the original one."""
         networks, done = self._networks, self.journal.layers
-        with self._timed("capture"):
+        with self._clocks["capture"]:
             if done == 0:
                 return {name: stream.embed(rows.ids, self._file(name, 0), batch) for name in networks}
             files = {name: self._file(name, done) for name in networks}
@@ -328,7 +292,7 @@ class Job:
 
     def _outputs(self, name: str, layer: StagedLayer, batch: int) -> Activations:
         """The inputs of the next layer, on the disk for good."""
-        with self._timed("capture"):
+        with self._clocks["capture"]:
             outputs = Activations(self._file(name, layer.number + 1), layer.hidden.shape)
             for start in range(0, layer.hidden.shape[0], batch):
                 outputs.write(start, layer.outputs(start, batch))
@@ -362,9 +326,9 @@ class Job:
         rows = now.hidden.shape[0]
         sums = MomentSums(now.linear(stage).in_features, rows, self.work.device)
         for start in range(0, rows, batch):
-            with self._timed("capture"):
+            with self._clocks["capture"]:
                 inputs = self._inputs(stage, staged, start, batch)
-            with self._timed("moments"):
+            with self._clocks["moments"]:
                 sums.add(start, *inputs)
         if not sums.finite:
             name = self.checkpoint.family.stages[stage][0]
@@ -372,7 +336,7 @@ class Job:
                 f"{self.checkpoint.source}: the inputs of {LAYER}{now.number}.{name} are not all finite on the "
                 "calibration text; weights with which the model computes in float32 are right"
             )
-        with self._timed("moments"):
+        with self._clocks["moments"]:
             return sums.moments()
 
     def _inputs(self, stage: int, staged: dict[str, StagedLayer], start: int, batch: int) -> tuple[Any, Any, Any]:
@@ -385,11 +349,12 @@ class Job:
         x, y, lost = now.inputs(stage, start, batch), None, None
         if ideal is not None:
             y = ideal.inputs(stage, start, batch)
-            lost = _lost(ideal.residual(stage, start, batch), now.residual(stage, start, batch))
+            whole, left = ideal.residual(stage, start, batch), now.residual(stage, start, batch)
+            lost = None if whole is None or left is None else whole - left
         stream = (ideal or now).added(stage, start, batch) if self._weighs else None
         if stream is None:
             return x, y, lost
-        share = stream.float().square().mean(-1, keepdim=True).clamp(min=TINY).rsqrt()
+        share = stream.float().square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
         return x * share, None if y is None else y * share, None if lost is None else lost * share
 
     def _alike(self, rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
@@ -407,7 +372,7 @@ class Job:
         """Round the weights of one stage that share a grid, write them, and put them into their layer."""
         grid = self.sink.grid(rows[0])
         assert grid is not None
-        with self._timed("solving"):
+        with self._clocks["solving"]:
             solved = self._solve(rows, moments, grid)
         done = 0
         for row in rows:
@@ -432,30 +397,3 @@ class Job:
             return solve(weight, moments, grid, settings, self.sink.snap(row))
         except (ValueError, torch.linalg.LinAlgError) as error:
             raise InputError(f"{self.checkpoint.source}: {row.name} can't be rounded: {first_line(error)}") from None
-
-
-def _now() -> float:
-    return time.perf_counter()
-
-
-class _Clock:
-    """Adds up the seconds spent in its blocks."""
-
-    def __init__(self, device: str):
-        self.device, self.seconds = device, 0.0
-
-    def __enter__(self) -> None:
-        self._wait()
-        self._started = _now()
-
-    def __exit__(self, *_: object) -> None:
-        self._wait()
-        self.seconds += _now() - self._started
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-
-def _lost(whole: torch.Tensor | None, now: torch.Tensor | None) -> torch.Tensor | None:
-    return None if whole is None or now is None else whole - now

@@ -31,7 +31,12 @@ MEASURED = """
 
 @pytest.mark.parametrize(
     ("to", "drift"),
-    [("gguf:q4_0", 0.3), ("gguf:q4_0", 0.0), ("gguf:q4_0-pure", 0.3), ("compressed-tensors:w4a16", 0.3)],
+    [
+        ("gguf:q4_0-pure", 0.3),
+        pytest.param("gguf:q4_0", 0.3, marks=pytest.mark.slow),
+        pytest.param("gguf:q4_0", 0.0, marks=pytest.mark.slow),
+        ("compressed-tensors:w4a16", 0.3),
+    ],
 )
 def test_the_memory_that_is_told_is_the_memory_that_is_used(tmp_path, to, drift):
     save_tiny(tmp_path / "small")

@@ -17,7 +17,7 @@ import torch
 
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.errors import InputError
-from llmlite.run import job
+from llmlite.run import job, timing
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.tiny import FAMILIES, edit_config, save_tiny, tiny_model
 
@@ -296,7 +296,7 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("to", ["compressed-tensors:w4a16g32", "gguf:q4_0"])
+@pytest.mark.parametrize("to", [pytest.param("compressed-tensors:w4a16g32", marks=pytest.mark.slow), "gguf:q4_0"])
 def test_killed_at_five_random_moments_it_leaves_no_artifact_that_opens(tmp_path, to):
     from llmlite.evals.engines import open_engine
 
@@ -331,7 +331,7 @@ PEAK = """
 """
 
 
-@pytest.mark.parametrize("to", ["compressed-tensors:w4a16g64", "gguf:q4_0"])
+@pytest.mark.parametrize("to", [pytest.param("compressed-tensors:w4a16g64", marks=pytest.mark.slow), "gguf:q4_0"])
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path, to):
     peaks, weights = {}, {}
     for layers in (3, 15):
@@ -366,7 +366,7 @@ def test_the_time_that_is_told_before_work_grows_with_layers_and_calibration_tex
         settings = QuantizeSettings("compressed-tensors:w4a16g32", calibration_tokens=tokens, row_length=64, sweeps=1)
         with pytest.MonkeyPatch.context() as patch:
             ticks = itertools.count()
-            patch.setattr(job, "_now", lambda: float(next(ticks)))
+            patch.setattr(timing, "_now", lambda: float(next(ticks)))
             quantize(base, out, settings)
         assert not [file for file in out.iterdir() if file.name.startswith(".")]
         err = capsys.readouterr().err

@@ -113,7 +113,7 @@ def test_cut_off_at_every_kind_of_moment_it_ends_in_the_same_bytes(tmp_path, to,
     assert sorted(os.listdir(tmp_path)) == ["base", "ids.npy", "out", "out-whole"]
 
 
-@pytest.mark.parametrize("to", ["compressed-tensors:w4a16g32", "gguf:q4_0"])
+@pytest.mark.parametrize("to", [pytest.param("compressed-tensors:w4a16g32", marks=pytest.mark.slow), "gguf:q4_0"])
 def test_killed_at_five_random_moments_it_ends_in_the_same_bytes(tmp_path, to):
     settings = made(tmp_path, 6, to=to)
     moments = [random.Random(n).uniform(0.1, 0.6) for n in range(5)]
