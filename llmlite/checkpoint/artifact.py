@@ -43,7 +43,7 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
             flush_directory(out.parent)
         except OSError as error:
             if error.errno in DISK_FAILED:
-                raise cannot_write(out, error.strerror, partial) from None
+                raise cannot_write(out, str(error.strerror), partial) from None
             raise
 
 
