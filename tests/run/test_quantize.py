@@ -12,6 +12,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -107,6 +108,28 @@ def test_a_head_of_few_bits_loses_less_of_the_logits_with_feedback(tmp_path, tie
         lost[solver] = float((hidden @ (model.lm_head.weight.detach() - weight).T).square().mean())
     print(lost)
     assert lost["feedback"] < 0.7 * lost["rtn"]
+
+
+def test_tokens_count_by_the_size_of_the_residual_stream_that_a_layer_writes_to(tmp_path, monkeypatch):
+    base, model = save_tiny(tmp_path / "base", num_hidden_layers=1), tiny_model(num_hidden_layers=1)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(0, 320, (4, 64)))
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    taken, solve = [], job.solve
+    monkeypatch.setattr(
+        job, "solve", lambda weight, moments, *rest: (taken.append(moments), solve(weight, moments, *rest))[1]
+    )
+    quantize(
+        base, tmp_path / "out", QuantizeSettings("compressed-tensors:w8a16", calibration=(str(tmp_path / "ids.npy"),))
+    )
+    seen = {}
+    layer = model.model.layers[0]
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.update(x=args[0].detach().flatten(0, 1)))
+    model.model.norm.register_forward_pre_hook(lambda _, args: seen.update(stream=args[0].detach().flatten(0, 1)))
+    model(ids)
+    x = seen["x"] / seen["stream"].square().mean(-1, keepdim=True).sqrt()
+    got, want, alike = taken[-1].xxt, x.T @ x, seen["x"].T @ seen["x"]
+    assert (got - want).norm() < 0.02 * want.norm()
+    assert (got / got.norm() - alike / alike.norm()).norm() > 0.05, "else this would tell nothing"
 
 
 def test_the_same_words_give_the_same_bytes(tmp_path):
