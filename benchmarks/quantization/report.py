@@ -51,7 +51,8 @@ def gather(setup: Setup) -> dict:
         if texts:
             size = measure_size(find(path))
             facts = {"bytes": size.bytes, "bits_per_weight": size.bits_per_weight, "texts": texts}
-            named = {"tool": artifact.tool, "type": artifact.type, "made_from": made_from(path)}
+            origin = {key: value for key, value in made_from(path).items() if key != "command"}  # it has local paths
+            named = {"tool": artifact.tool, "type": artifact.type, "made_from": origin}
             artifacts[artifact.name] = {**named, **facts}
     settings = {"windows": setup.rows, "window": setup.length, "calibration_tokens": setup.tokens, **setup.origin}
     made = {"date": date.today().isoformat(), "machine": machine(), "command": f"python -m benchmarks.{NAME}"}
@@ -126,12 +127,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def picture(results: dict, path: Path) -> None:
-    """Mean KL against bytes, a panel for each text, a colour for each tool."""
+    """Mean KL against bytes, a panel for each text that was scored, a colour for each tool."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(14, 10), layout="constrained")
+    texts = [text for text in TEXTS if any(text in facts["texts"] for facts in results["artifacts"].values())]
+    across, down = min(len(texts), 2), -(-len(texts) // 2)
+    figure = Figure(figsize=(7 * across, 5 * down), layout="constrained")
     tools = list(dict.fromkeys(facts["tool"] for facts in results["artifacts"].values()))
-    for text, axes in zip(TEXTS, figure.subplots(2, 2).flat, strict=True):
+    for text, axes in zip(texts, figure.subplots(down, across, squeeze=False).flat, strict=False):
         for number, tool in enumerate(tools):
             points = [
                 (facts["bytes"] / 1e6, facts["texts"][text]["mean_kl"], facts["type"])
@@ -146,7 +149,7 @@ def picture(results: dict, path: Path) -> None:
             for x, y, kind in points:
                 axes.annotate(kind, (x, y), fontsize=7, color=f"C{number}", **at)
         axes.set_yscale("log")
-        axes.margins(0.1)
+        axes.margins(0.15)
         axes.set_title(text)
         axes.set_xlabel("bytes on disk (MB)")
         axes.set_ylabel("mean KL from the base (nats)")
