@@ -17,7 +17,7 @@ import torch
 
 from llmlite.calibrate.moments import MomentSums
 from llmlite.calibrate.rows import Rows
-from llmlite.calibrate.stages import StagedLayer
+from llmlite.calibrate.stages import StagedLayer, stage_inputs
 from llmlite.calibrate.stream import Activations, LayerStream
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import LAYER
@@ -184,13 +184,7 @@ class _Work:
         """Where each batch starts, and what `MomentSums.add` takes of it."""
         now, ideal = staged["rounded"], staged.get("base")
         for start in range(0, now.hidden.shape[0], batch):
-            x = now.inputs(stage, start, batch)
-            if ideal is None:
-                yield start, (x, None, None)
-                continue
-            y = ideal.inputs(stage, start, batch)
-            whole, left = ideal.residual(stage, start, batch), now.residual(stage, start, batch)
-            yield start, (x, y, None if whole is None or left is None else whole - left)
+            yield start, stage_inputs(now, ideal, stage, start, batch)
 
     def _outputs(self, name: str, layer: StagedLayer, batch: int) -> Activations:
         outputs = Activations(self._file(name, layer.number + 1), layer.hidden.shape)

@@ -93,18 +93,14 @@ class StagedLayer:
         return stream
 
     @torch.no_grad()
-    def added(self, stage: int, start: int, batch: int) -> torch.Tensor | None:
-        """What the residual stream holds once ``stage`` has added to it, its weight as it is now; None as `residual`.
+    def adds(self, stage: int, start: int, batch: int) -> torch.Tensor:
+        """What ``stage`` adds to the residual stream with its weight as it is now: [rows, length, width].
 
-        [rows, length, width]; to be asked for after `inputs` of the same rows.
+        To be asked for after `inputs` of the same rows, of a stage that has a `residual`.
         """
-        stream = self.residual(stage, start, batch)
-        if stream is None:
-            return None
         if self.fixed:
-            return stream.add_(self._output(stage, start, batch))
-        taken = self._kept[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
-        return stream.add_(self.linear(stage)(taken))
+            return self._output(stage, start, batch)
+        return self.linear(stage)(self._kept_inputs(stage, start, batch))
 
     @torch.no_grad()
     def outputs(self, start: int, batch: int) -> torch.Tensor:
@@ -140,17 +136,41 @@ class StagedLayer:
 
         return forward
 
+    def _kept_inputs(self, stage: int, start: int, batch: int) -> torch.Tensor:
+        return self._kept[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
+
     def _output(self, stage: int, start: int, batch: int) -> torch.Tensor:
         """What a closing stage gives for rows from ``start``: computed once, unless it is asked for once only."""
         if (stage, start) in self._asked:
             return self._added[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
-        out: torch.Tensor = self.linear(stage)(
-            self._kept[stage].read(start, batch).to(self.stream.device, self.stream.dtype)
-        )
+        out: torch.Tensor = self.linear(stage)(self._kept_inputs(stage, start, batch))
         if stage + 1 < len(self._stages):
             self._keep(self._added, stage, start, out)
             self._asked.add((stage, start))
         return out
+
+
+def stage_inputs(
+    now: StagedLayer, ideal: StagedLayer | None, stage: int, start: int, batch: int, *, by_worth: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """What `MomentSums.add` takes, for rows from ``start``; ``ideal``: the layer in the unquantized network.
+
+    ``by_worth``: of a layer that writes to the residual stream, a token counts by what an error is worth there: the
+    norm that reads the stream divides by its size, and that of a token with massive activations is a hundred times
+    another's.
+    """
+    source = ideal or now
+    x, y = now.inputs(stage, start, batch), None if ideal is None else ideal.inputs(stage, start, batch)
+    stream = source.residual(stage, start, batch) if ideal is not None or by_worth else None
+    if stream is None:
+        return x, y, None
+    left = None if ideal is None else now.residual(stage, start, batch)
+    lost = None if left is None else stream - left
+    if not by_worth:
+        return x, y, lost
+    whole = stream + source.adds(stage, start, batch)
+    share = whole.float().square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
+    return x * share, None if y is None else y * share, None if lost is None else lost * share
 
 
 def _stop(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:

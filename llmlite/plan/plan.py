@@ -17,7 +17,7 @@ from llmlite.errors import InputError
 from llmlite.formats.gguf.types import grid_of
 from llmlite.plan.order import working_order
 from llmlite.plan.target import Target
-from llmlite.plan.types import Assigned, GgufTypes, TypeTable
+from llmlite.plan.types import Assigned, TypeTable
 
 SolverName = Literal["auto", "rtn", "imatrix", "feedback"]
 CALIBRATED = ("imatrix", "feedback")  # the solvers that ask for the moments of a layer's inputs
@@ -103,7 +103,7 @@ def make_plan(checkpoint: Checkpoint, target: Target, types: TypeTable, solver: 
 def _coarse(types: TypeTable, assigned: Assigned, checkpoint: Checkpoint) -> bool:
     """The head becomes a type of fewer than 8 bits; with 8 and more, rounding to nearest loses next to nothing."""
     kind = assigned.types[checkpoint.head]
-    return isinstance(types, GgufTypes) and kind in types.rounded and grid_of(kind).bits < 8
+    return kind in types.rounded and grid_of(kind).bits < 8  # only GGUF's tables round a head
 
 
 def _better_group(checkpoint: Checkpoint, target: Target) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from llmlite.calibrate.moments import HELD_EVERY, MomentSums
 from llmlite.calibrate.rows import Rows
-from llmlite.calibrate.stages import StagedLayer
+from llmlite.calibrate.stages import StagedLayer, stage_inputs
 from llmlite.calibrate.stream import Activations, LayerStream
 from llmlite.checkpoint.artifact import JOURNAL
 from llmlite.checkpoint.checkpoint import Checkpoint
@@ -340,22 +340,9 @@ class Job:
             return sums.moments()
 
     def _inputs(self, stage: int, staged: dict[str, StagedLayer], start: int, batch: int) -> tuple[Any, Any, Any]:
-        """What `MomentSums.add` takes, for rows from ``start``.
-
-        Of a layer that writes to the residual stream, a token counts by what an error is worth there: the norm that
-        reads the stream divides by its size, and that of a token with massive activations is a hundred times another's.
-        """
-        now, ideal = staged["rounded"], staged.get("original")
-        x, y, lost = now.inputs(stage, start, batch), None, None
-        if ideal is not None:
-            y = ideal.inputs(stage, start, batch)
-            whole, left = ideal.residual(stage, start, batch), now.residual(stage, start, batch)
-            lost = None if whole is None or left is None else whole - left
-        stream = (ideal or now).added(stage, start, batch) if self._weighs else None
-        if stream is None:
-            return x, y, lost
-        share = stream.float().square().mean(-1, keepdim=True).clamp(min=1e-30).rsqrt()
-        return x * share, None if y is None else y * share, None if lost is None else lost * share
+        """What `MomentSums.add` takes, for rows from ``start``."""
+        ideal = staged.get("original")
+        return stage_inputs(staged["rounded"], ideal, stage, start, batch, by_worth=self._weighs)
 
     def _alike(self, rows: list[PlanRow]) -> Iterator[list[PlanRow]]:
         """Rows of one stage that can be solved as one weight: the same grid, and no scales that span a tensor."""
