@@ -41,13 +41,15 @@ def logits_of_file(checkpoint, stored) -> torch.Tensor:
         return model(HELD).logits
 
 
-@pytest.mark.parametrize("target", ["gptq:w3g32", "gptq:w2g32-asym", "compressed-tensors:w4a16g32"])
-def test_training_brings_the_artifact_much_nearer_at_the_same_bytes(tmp_path, target):
+@pytest.mark.parametrize(
+    ("target", "left"), [("gptq:w3g32", 0.85), ("gptq:w2g32-asym", 0.85), ("compressed-tensors:w4a16g32", 0.9)]
+)
+def test_training_brings_the_artifact_much_nearer_at_the_same_bytes(tmp_path, target, left):
     checkpoint, out, stored = made(tmp_path, target)
     size = (out / "model.safetensors").stat().st_size
     told = qat(checkpoint, stored, TEXT, FAST, tmp_path)
     put_in_place(stored)
-    assert told.after < 0.9 * told.before
+    assert told.after < left * told.before
     assert (out / "model.safetensors").stat().st_size == size
     assert not [name for name in os.listdir(out) if name.startswith(".")]
     again = stored_of(checkpoint, out, target)  # what lies on the disk now, judged anew

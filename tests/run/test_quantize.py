@@ -106,7 +106,6 @@ def test_a_head_of_few_bits_loses_less_of_the_logits_with_feedback(tmp_path, tie
         tensor = tensors["token_embd.weight" if tied else "output.weight"]
         weight = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type))
         lost[solver] = float((hidden @ (model.lm_head.weight.detach() - weight).T).square().mean())
-    print(lost)
     assert lost["feedback"] < 0.7 * lost["rtn"]
 
 

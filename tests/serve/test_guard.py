@@ -193,7 +193,9 @@ def test_headers_that_never_end(monkeypatch):
             raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             answer = b""
             while not answer.endswith(b"}"):
-                answer += raw.recv(65536)
+                part = raw.recv(65536)
+                assert part, "closed in the middle of an answer"
+                answer += part
             assert answer.startswith(b"HTTP/1.1 200")
             raw.sendall(b"GET /health HTTP/1.1\r\n")
             assert read_all(raw) == b""
