@@ -29,7 +29,8 @@ SIDE_FILES = (
 class Checkpoint:
     """A full-precision checkpoint, checked against its own config, read tensor by tensor.
 
-    ``source`` is what the user named, ``directory`` where it lies, ``tensors`` its checked index.
+    ``source`` is what the user named, ``directory`` where it lies, ``tensors`` its checked index; ``gguf``: the file
+    that ``directory`` was imported from, where it is there only as long as the checkpoint is open.
     """
 
     source: str
@@ -37,6 +38,7 @@ class Checkpoint:
     config: dict
     tensors: dict[str, TensorEntry]
     family: Family
+    gguf: Path | None = None
 
     @property
     def num_layers(self) -> int:

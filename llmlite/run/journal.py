@@ -78,6 +78,8 @@ def describe_run(
     if rows is not None:
         calibration = f"{list(rows.ids.shape)} " + hashlib.sha256(rows.ids.tobytes()).hexdigest()
     files = {file for entry in checkpoint.tensors.values() for file in entry.files}
+    if checkpoint.gguf is not None:  # what it was imported to is made anew by each run
+        files = {file for file in files if file.parent != checkpoint.directory} | {checkpoint.gguf}
     return {
         "llmlite": __version__,
         "base": describe_files(checkpoint.source, checkpoint.directory, files),

@@ -37,6 +37,7 @@ class RoundingSettings:
     device: str = field(default="auto", metadata={"help": "cpu, cuda, or auto: cuda where there is one"})
     threads: int | None = field(default=None, metadata={"help": "processor threads (default: torch's choice)"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a hub id"})
+    resume: bool = field(default=False, metadata={"help": "go on with the unfinished run that has the same -o"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,6 @@ class QuantizeSettings(RoundingSettings):
     imatrix: str | None = field(
         default=None, metadata={"help": "a file of llama.cpp's: --solver imatrix goes by it, and needs no text"}
     )
-    resume: bool = field(default=False, metadata={"help": "go on with the unfinished run that has the same -o"})
 
 
 def check(settings: QuantizeSettings) -> None:

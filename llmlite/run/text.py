@@ -44,7 +44,7 @@ def opened(model: str, revision: str | None, out: Path) -> Iterator[Checkpoint]:
         return
     with scratch_directory(out) as folder:
         import_gguf(Path(model), folder / "base")
-        yield replace(open_checkpoint(folder / "base"), source=model)
+        yield replace(open_checkpoint(folder / "base"), source=model, gguf=Path(model))
 
 
 def check_row_length(tokens: int, row_length: int, option: str = "--calibration-tokens") -> None:

@@ -1,7 +1,10 @@
 """An adapter merged into its base: a checkpoint that computes what peft computes, or one that is rounded again."""
 
+import errno
 import hashlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +16,13 @@ from llmlite.calibrate.corpus import default_corpora
 from llmlite.calibrate.rows import token_rows
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.cli import main
-from llmlite.errors import InputError
+from llmlite.errors import InputError, WriteError
 from llmlite.formats.dequantized import dequantized_gguf, gguf_file, open_dequantized
 from llmlite.formats.peft import read_adapter
 from llmlite.run.dense import refuse_other_base
 from llmlite.run.merge import MergeSettings, merge
 from llmlite.run.quantize import QuantizeSettings, quantize
+from llmlite.run.sinks import GgufSink
 from tests.adapters import adapted, save_adapter
 from tests.tiny import edit_config, save_tiny, tiny_tokenizer
 
@@ -121,6 +125,40 @@ def test_merged_and_rounded_again_with_feedback_it_is_nearer_than_to_nearest(bas
     manifest = json.loads((tmp_path / "feedback" / "llmlite.json").read_text())
     assert manifest["adapter"]["sha256"] == read_adapter(adapter).sha256
     assert manifest["format"] == "compressed-tensors:w4a16g32"
+
+
+@pytest.mark.parametrize("to", [None, "gguf:q8_0"], ids=["checkpoint", "gguf base"])
+def test_a_full_disk_in_the_middle_leaves_a_run_that_resume_ends_in_the_same_bytes(
+    base, adapter, tmp_path, monkeypatch, to
+):
+    model = base
+    if to is not None:
+        model = quantize(base, tmp_path / "base", QuantizeSettings(to, solver="rtn")).directory / "model.gguf"
+    settings, flush, calls = MergeSettings("gguf:q4_0", **SMALL), GgufSink.flush, []
+
+    def full(sink):
+        calls.append(sink)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        flush(sink)
+
+    merge(model, adapter, tmp_path / "whole", settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(GgufSink, "flush", full)
+        with pytest.raises(WriteError, match="--resume goes on"):
+            merge(model, adapter, tmp_path / "out", settings)
+    monkeypatch.setattr(GgufSink, "flush", lambda sink: (calls.append(sink), flush(sink)))
+    calls.clear()
+    merge(model, adapter, tmp_path / "out", replace(settings, resume=True))
+    assert len(calls) == 1  # of two layers, one was left
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    other = save_adapter(base, tmp_path / "other", r=5)
+    with pytest.raises(WriteError):
+        calls.clear()
+        monkeypatch.setattr(GgufSink, "flush", full)
+        merge(model, adapter, tmp_path / "again", settings)
+    with pytest.raises(InputError, match="differs in base"):
+        merge(model, other, tmp_path / "again", replace(settings, resume=True))
 
 
 def test_a_quantized_base_can_be_rounded_again_as_gguf(base, adapter, tmp_path):
