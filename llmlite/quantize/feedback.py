@@ -9,6 +9,8 @@ least.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from llmlite.quantize.columns import ColumnGrid, chunk_of
@@ -16,18 +18,22 @@ from llmlite.quantize.grid import fit
 from llmlite.quantize.types import Grid, Ranges, Rounded
 
 
-def feedback(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, ranges: Ranges | None = None) -> Rounded:
+def feedback(
+    target: torch.Tensor, matrix: torch.Tensor, grid: Grid, snap: Callable[[torch.Tensor], Ranges] | None = None
+) -> Rounded:
     """The weight ``target`` float32 [out, in] on the grid; ``matrix`` float32 [in, in] is the damped second moments.
 
-    With ``ranges`` these are kept, and the channels go by falling second moment across all blocks. Raises ValueError
-    if the matrix is not positive definite.
+    With ``snap`` all ranges are what it makes of the scales [out, groups] that fit the weight as it is, and the
+    channels go by falling second moment across all blocks. Raises ValueError if the matrix is not positive definite.
     """
     width, rows = target.shape[1], target.shape[0]
     block = grid.block(width)
-    order = _order(matrix.diagonal(), width if ranges is not None else block)
+    order = _order(matrix.diagonal(), block if snap is None else width)
     upper = feedback_factor(matrix, order)
     costs = _in_place(upper.diagonal() ** -2, order)
-    fixed = fit(target, grid, costs) if block == width and ranges is None else ranges
+    fixed = fit(target, grid, costs) if block == width or snap is not None else None
+    if fixed is not None and snap is not None:
+        fixed = snap(fixed.scales)
     pivots, size = upper.diagonal().tolist(), grid.group or width
     homes = (order // size).tolist()
     rest = target.T[order]
@@ -53,15 +59,6 @@ def feedback(target: torch.Tensor, matrix: torch.Tensor, grid: Grid, ranges: Ran
         rest[stop:].addmm_(upper[start:stop, stop:].T, errors, alpha=-1)
     kept = fixed if fixed is not None else _side_by_side(found)
     return Rounded(grid, _in_place(codes, order).T.contiguous(), kept)
-
-
-def error_costs(matrix: torch.Tensor) -> torch.Tensor:
-    """What a squared error of each channel costs with feedback in one order across all of them: float32 [in].
-
-    That is the part of its second moment that the channels after it do not explain. ``matrix`` as for `feedback`.
-    """
-    order = _order(matrix.diagonal(), len(matrix))
-    return _in_place(feedback_factor(matrix, order).diagonal() ** -2, order)
 
 
 def _in_place(ordered: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

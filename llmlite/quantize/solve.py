@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from llmlite.quantize.descent import descend
-from llmlite.quantize.feedback import error_costs, feedback
+from llmlite.quantize.feedback import feedback
 from llmlite.quantize.grid import fit
 from llmlite.quantize.rtn import choose_rows, nearest, relative_error, row_errors
 from llmlite.quantize.target import corrected
@@ -53,10 +53,9 @@ def solve(
     if moments.cross is not None and settings.drift > 0:
         target = corrected(weight, moments, matrix, settings.drift)
     judge = moments.held or moments
-    kept = None if snap is None else snap(fit(target, grid, error_costs(matrix)).scales)
-    plain = nearest(target, fit(target, grid, matrix.diagonal()) if kept is None else kept, grid)
     matrix /= matrix.diagonal().mean()  # its size matters to nothing but the range of the numbers to come
-    solved = feedback(target, matrix, grid, kept)
+    solved = feedback(target, matrix, grid, snap)
+    plain = nearest(target, fit(target, grid, matrix.diagonal()) if snap is None else solved.ranges, grid)
     solved = descend(target, solved, matrix, settings.sweeps, refit=snap is None)
     better = row_errors(target, solved.dequantize(), judge) <= row_errors(target, plain.dequantize(), judge)
     if not better.all():

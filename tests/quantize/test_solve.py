@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from llmlite.formats.gguf.types import pack
-from llmlite.quantize.feedback import error_costs
 from llmlite.quantize.grid import fit
 from llmlite.quantize.rtn import nearest, round_to_nearest
 from llmlite.quantize.solve import SolverSettings, damped, in_order, solve
@@ -152,10 +151,21 @@ def test_scales_from_snap_are_kept(name: str):
 
     solved = solve(weight, moments, grid, snap=snap)
     assert len(seen) == 1
-    costs = error_costs(damped(moments.xxt, SolverSettings().damping))
-    torch.testing.assert_close(seen[0], fit(weight, grid, costs).scales)
+    costs = unexplained(damped(moments.xxt, SolverSettings().damping).double())
+    torch.testing.assert_close(seen[0], fit(weight, grid, costs.float()).scales)
     assert torch.equal(solved.scales, (seen[0] * 1.07).half().float())
     assert solved.error < 0.9 * nearest_error(weight, moments, solved.ranges, grid)
+
+
+def unexplained(matrix: torch.Tensor) -> torch.Tensor:
+    """Of each channel's second moment what the channels with smaller ones can't make good."""
+    order = torch.argsort(matrix.diagonal(), descending=True, stable=True)
+    costs = torch.empty(len(matrix), dtype=matrix.dtype)
+    for place, channel in enumerate(order):
+        later = order[place + 1 :]
+        cross = matrix[channel, later]
+        costs[channel] = matrix[channel, channel] - cross @ torch.linalg.solve(matrix[later][:, later], cross)
+    return costs
 
 
 def nearest_error(weight: torch.Tensor, moments: Any, ranges: Ranges, grid: Grid) -> float:
