@@ -23,7 +23,7 @@ from llmlite.evals.locate import Location, find
 from llmlite.evals.perplexity import Window, Windows
 from llmlite.evals.streamed import StreamedModel, chunk_memory, running_memory, streaming_memory
 from llmlite.evals.texts import Text
-from llmlite.progress import console
+from llmlite.progress import say
 
 
 class Predictions(Protocol):
@@ -225,4 +225,4 @@ def free_memory() -> int:
 
 def note(sentence: str) -> None:
     """One sentence about how figures came about, on standard error."""
-    console.print(f"note: {sentence}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    say(f"note: {sentence}")

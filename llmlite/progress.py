@@ -21,6 +21,11 @@ Item = TypeVar("Item")
 console = Console(stderr=True)
 
 
+def say(sentence: str) -> None:
+    """One sentence that the user should not miss, on standard error, whole on one line."""
+    console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """Yield the items and show how many are done; nothing is drawn where standard error is no terminal."""
     columns = (

@@ -46,7 +46,7 @@ from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.formats.reading import unquantized
 from llmlite.memory import keep_heap_small
-from llmlite.progress import console
+from llmlite.progress import console, say
 from llmlite.run.dense import ERROR_ADAPTER, weights_sha256
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
 from llmlite.run.text import choose_device
@@ -277,7 +277,7 @@ def _notes(base: Base, data: _Data, length: int) -> tuple[str, ...]:
         notes.append("this model does not keep conversations in one row apart, so each has a row of its own")
     if is_first_process():
         for note in notes:
-            console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+            say(f"note: {note}")
     return tuple(notes)
 
 

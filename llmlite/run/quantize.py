@@ -32,7 +32,7 @@ from llmlite.plan.memory import scratch_space, working_memory
 from llmlite.plan.plan import Plan, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
-from llmlite.progress import console
+from llmlite.progress import console, say
 from llmlite.quantize.lattice import share_on_low_bit_grid
 from llmlite.quantize.solve import SolverSettings
 from llmlite.run.allocate import Allocation
@@ -102,10 +102,9 @@ def quantize_checkpoint(
     _check_solver_options(settings, plan)
     flattered = _low_bit_share(checkpoint)
     if flattered > 0.5:
-        console.print(
+        say(
             f"warning: {flattered:.0%} of the sampled weights of {checkpoint.source} already lie on a grid of 4 bits "
-            "or fewer; figures for what is made from them flatter the rounding",
-            style="yellow",
+            "or fewer; figures for what is made from them flatter the rounding"
         )
     if rows is None and ((plan.calibrated and not settings.imatrix) or settings.repair):
         rows = _rows(checkpoint, settings)
@@ -122,7 +121,7 @@ def quantize_checkpoint(
         sink = open_sink(directory, checkpoint, plan, types, rows, reopen=journal.layers > 0)
         notes = (*plan.notes, *sink.notes)
         for note in notes:
-            console.print(f"note: {note}", style="yellow", markup=False)
+            say(f"note: {note}")
         job = Job(checkpoint, plan, sink, _work(settings, device, directory, networks > 1, importance), journal)
         try:
             calibration = rows if plan.calibrated and not settings.imatrix else None
@@ -201,7 +200,7 @@ def _journal(
         if left is None or left.differences(journal):
             return journal
         said = f"note: an unfinished run of {out} is removed; --resume would have gone on at layer {left.layers}"
-    console.print(said, style="yellow", markup=False, soft_wrap=True)
+    say(said)
     return journal
 
 
@@ -246,7 +245,7 @@ def _tell_memory(checkpoint: Checkpoint, plan: Plan, networks: int) -> None:
     console.print(f"memory: about {needed / 2**20:,.0f} MiB at the peak, beside the program itself", style="dim")
     free = psutil.virtual_memory().available
     if needed > free:
-        console.print(f"warning: the machine has {free / 2**20:,.0f} MiB of memory free", style="yellow")
+        say(f"warning: the machine has {free / 2**20:,.0f} MiB of memory free")
 
 
 def _spoken(seconds: float) -> str:

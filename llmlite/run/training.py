@@ -10,7 +10,7 @@ from typing import Any
 from llmlite.adapt.training_state import STATE
 from llmlite.checkpoint.artifact import atomic_directory, partial_of
 from llmlite.checkpoint.safetensors_index import read_index
-from llmlite.progress import console
+from llmlite.progress import say
 from llmlite.run.journal import begin, describe_files, read_journal
 from llmlite.run.text import choose_device
 
@@ -49,13 +49,13 @@ def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator
     journal, found = begin(out, run, resume), read_journal(out)
     goes_on = resume and found is not None
     if goes_on and (partial_of(out) / STATE).is_file():
-        _say("resumed: goes on at the last step that was saved")
+        say("resumed: goes on at the last step that was saved")
     elif goes_on:
-        _say("resumed: no step was saved yet; what was prepared for the training is taken as it is")
+        say("resumed: no step was saved yet; what was prepared for the training is taken as it is")
     elif resume:
-        _say(f"note: there is no unfinished run of {out} to resume; this one begins at the beginning")
+        say(f"note: there is no unfinished run of {out} to resume; this one begins at the beginning")
     elif found is not None and not found.differences(journal):
-        _say(f"note: an unfinished run of {out} is removed; --resume would have gone on with it")
+        say(f"note: an unfinished run of {out} is removed; --resume would have gone on with it")
     try:
         with atomic_directory(out, resume=goes_on) as folder:
             journal.write(folder)
@@ -69,7 +69,3 @@ def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator
 def describe_model(source: str, directory: Path) -> dict[str, Any]:
     """`describe_files` of a model whose weights lie in ``directory``."""
     return describe_files(source, directory, {entry.file for entry in read_index(directory).values()})
-
-
-def _say(sentence: str) -> None:
-    console.print(sentence, style="yellow", markup=False, soft_wrap=True)
