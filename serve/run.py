@@ -69,6 +69,7 @@ def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[Mod
     The first model is loaded before anyone can connect, and again after its engine died. The others are looked for
     now and loaded when asked for; adapters and a draft model belong to the first one alone.
     """
+    from llmlite.formats.adapter_base import refuse_other_base
     from llmlite.serve.engines import open_artifact
     from llmlite.serve.models import ModelSpec
 
@@ -80,6 +81,7 @@ def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[Mod
     for name, file in settings.adapters:
         if not file.exists():
             raise InputError(f"lora {name}: {file} is not there")
+        refuse_other_base(file if file.is_dir() else file.parent, str(artifact))
     first = open_artifact(artifact, settings)
     opened = [first]
 

@@ -1,4 +1,4 @@
-"""Open whatever holds a model's weights as a checkpoint of real numbers, and tell which model it is."""
+"""Open whatever holds a model's weights as a checkpoint of real numbers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from llmlite.checkpoint.artifact import read_manifest, sha256_of
 from llmlite.checkpoint.checkpoint import Checkpoint, locate
-from llmlite.checkpoint.safetensors_index import read_index
-from llmlite.errors import InputError
 from llmlite.formats.dequantized import gguf_file, open_dequantized
 from llmlite.run.text import opened
-
-ERROR_ADAPTER = "error adapter"  # the ``kind`` in its manifest: it makes good one artifact's rounding, and no other's
 
 
 @contextmanager
@@ -29,56 +24,3 @@ def opened_dense(model: str, revision: str | None, out: Path) -> Iterator[Checkp
             yield replace(checkpoint, source=model)
         return
     yield replace(open_dequantized(locate(model, revision)), source=model)
-
-
-def weights_sha256(model: str, revision: str | None = None) -> dict[str, str]:
-    """The digest of each of a model's weight files by its name."""
-    file = gguf_file(Path(model))
-    files = [file] if file else sorted({entry.file for entry in read_index(locate(model, revision)).values()})
-    return {part.name: sha256_of(part) for part in files}
-
-
-def refuse_other_base(adapter: Path, model: str, revision: str | None = None) -> None:
-    """`InputError` where an adapter's manifest names another base than ``model``; one without a manifest passes.
-
-    ``model`` may be what the adapter was made on, an artifact of that, or what that is an artifact of; an adapter of
-    rounding errors belongs to one artifact only. A GGUF file that lies alone does not tell what it is, and passes.
-    """
-    manifest = read_manifest(adapter)
-    base = (manifest or {}).get("base")
-    if manifest is None or not isinstance(base, dict):
-        return
-    source, weights, config = base.get("source"), base.get("weights_sha256"), base.get("config_sha256")
-    own = _config_sha256(_folder(model, revision))
-    if manifest.get("kind") == ERROR_ADAPTER:
-        if weights != weights_sha256(model, revision):
-            raise InputError(
-                f"{adapter}: makes good what rounding cost {source}, and {model} has other weights: an adapter of "
-                "another base"
-            )
-    elif config is not None and config == own:
-        if weights is not None and weights != weights_sha256(model, revision):
-            raise InputError(f"{adapter}: was made for {source}, and {model} has other weights: of another base")
-    elif config is not None:
-        wanted = {config} | _of_base(Path(str(source)))
-        found = ({own} if own else set()) | _of_base(_folder(model, revision))
-        if found and not wanted & found:  # a GGUF file alone does not tell: it goes by the shapes
-            raise InputError(
-                f"{adapter}: was made for {source}, and {model} is another model by its config.json: an adapter of "
-                "another base"
-            )
-
-
-def _folder(model: str, revision: str | None) -> Path:
-    return Path(model).parent if model.endswith(".gguf") else locate(model, revision)
-
-
-def _config_sha256(folder: Path) -> str | None:
-    file = folder / "config.json"
-    return sha256_of(file) if file.is_file() else None
-
-
-def _of_base(folder: Path) -> set[str]:
-    """The digest of the config.json of what the artifact in ``folder`` was made from, where its manifest tells it."""
-    base = (read_manifest(folder) or {}).get("base")
-    return {base["config_sha256"]} if isinstance(base, dict) and "config_sha256" in base else set()

@@ -21,11 +21,11 @@ from llmlite.checkpoint.artifact import (
 from llmlite.checkpoint.checkpoint import Checkpoint, locate, open_checkpoint, read_config
 from llmlite.checkpoint.families import LAYER
 from llmlite.errors import InputError
+from llmlite.formats.adapter_base import ERROR_ADAPTER, weights_sha256
 from llmlite.formats.dequantized import dequantized_gguf, gguf_file, open_dequantized
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.memory import keep_heap_small
-from llmlite.run.dense import ERROR_ADAPTER, weights_sha256
 from llmlite.run.text import calibration_rows, check_row_length
 
 

@@ -42,12 +42,12 @@ from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.families import family_of
 from llmlite.errors import InputError, first_line
 from llmlite.evals.hf import load_tokenizer
+from llmlite.formats.adapter_base import ADAPTER, ERROR_ADAPTER, origin_sha256, weights_sha256
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.formats.reading import unquantized
 from llmlite.memory import keep_heap_small
 from llmlite.progress import console, say
-from llmlite.run.dense import ERROR_ADAPTER, weights_sha256
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
 from llmlite.run.text import choose_device
 from llmlite.run.training import describe_model, is_first_process, training_device, training_directory
@@ -339,11 +339,12 @@ def _write(
 def _manifest(done: Adapted, data: _Data, settings: LoraSettings, directory: Path, model: str) -> dict[str, Any]:
     return {
         "llmlite": __version__,
-        "kind": "adapter" if settings.init == "random" else ERROR_ADAPTER,
+        "kind": ADAPTER if settings.init == "random" else ERROR_ADAPTER,
         "base": {
             "source": model,
             "config_sha256": sha256_of(directory / "config.json"),
             "weights_sha256": weights_sha256(str(directory)),
+            "origin_config_sha256": origin_sha256(directory),
             "kept": done.base,
         },
         "settings": _lasting(settings),

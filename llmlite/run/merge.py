@@ -19,10 +19,11 @@ from llmlite.checkpoint.artifact import (
 )
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.errors import InputError
+from llmlite.formats.adapter_base import refuse_other_base
 from llmlite.formats.dequantized import gguf_file
 from llmlite.formats.peft import Adapter, read_adapter
 from llmlite.memory import keep_heap_small
-from llmlite.run.dense import opened_dense, refuse_other_base
+from llmlite.run.dense import opened_dense
 from llmlite.run.quantize import Quantized, quantize_checkpoint
 from llmlite.run.settings import QuantizeSettings, RoundingSettings, check
 from llmlite.run.text import choose_device

@@ -17,9 +17,9 @@ from llmlite.calibrate.rows import token_rows
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.cli import main
 from llmlite.errors import InputError, WriteError
+from llmlite.formats.adapter_base import refuse_other_base
 from llmlite.formats.dequantized import dequantized_gguf, gguf_file, open_dequantized
 from llmlite.formats.peft import read_adapter
-from llmlite.run.dense import refuse_other_base
 from llmlite.run.merge import MergeSettings, merge
 from llmlite.run.quantize import QuantizeSettings, quantize
 from llmlite.run.sinks import GgufSink
@@ -178,14 +178,16 @@ def test_an_adapter_of_another_base_is_refused_and_nothing_is_written(base, adap
     edit_config(same_shapes, rope_theta=5e5)
     copy = save_adapter(base, tmp_path / "told")
     digest = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
-    (copy / "llmlite.json").write_text(json.dumps({"base": {"source": "the-base", "config_sha256": digest}}))
+    (copy / "llmlite.json").write_text(
+        json.dumps({"kind": "adapter", "base": {"source": "the-base", "config_sha256": digest}})
+    )
     refused(same_shapes, copy, r"was made for the-base, .* another base")
     merge(base, copy, tmp_path / "right", PLAIN)
     quantize(base, tmp_path / "artifact", QuantizeSettings("gptq:w4g32", solver="rtn"))
     merge(tmp_path / "artifact", copy, tmp_path / "right too", PLAIN)
     tensors = {"model.safetensors": "0"}
     (copy / "llmlite.json").write_text(
-        json.dumps({"base": {"source": "twin", "config_sha256": digest, "weights_sha256": tensors}})
+        json.dumps({"kind": "adapter", "base": {"source": "twin", "config_sha256": digest, "weights_sha256": tensors}})
     )
     refused(base, copy, "was made for twin, and .* has other weights")
     told = {"source": "an-artifact", "config_sha256": digest, "weights_sha256": tensors}
@@ -200,7 +202,9 @@ def test_a_gguf_file_that_lies_alone_does_not_tell_what_it_is_and_goes_by_the_sh
     (tmp_path / "artifact" / "model.gguf").rename(alone / "tiny.gguf")
     adapter = save_adapter(base, tmp_path / "adapter")
     digest = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
-    (adapter / "llmlite.json").write_text(json.dumps({"base": {"source": "the-base", "config_sha256": digest}}))
+    (adapter / "llmlite.json").write_text(
+        json.dumps({"kind": "adapter", "base": {"source": "the-base", "config_sha256": digest}})
+    )
     refuse_other_base(adapter, str(alone / "tiny.gguf"))
     edit_config(save_tiny(alone), rope_theta=5e5)  # a config.json beside it tells
     with pytest.raises(InputError, match="was made for the-base"):

@@ -13,6 +13,9 @@ import pytest
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
 
+from llmlite.errors import InputError
+from llmlite.serve.run import model_specs
+from llmlite.serve.settings import ServeSettings
 from tests.gguf_models import gguf_of, save_tiny
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "serve.py"
@@ -64,6 +67,16 @@ def test_a_port_in_use_is_one_sentence(checkpoint):
     assert err.count("\n") == 1
     assert "in use" in err
     assert out == ""
+
+
+def test_an_adapter_that_was_made_for_another_base_is_refused(checkpoint, tmp_path):
+    """Its shapes would fit; what it would make of the replies, nobody asked for."""
+    base = {"source": "another-base", "config_sha256": "0" * 64}
+    (tmp_path / "llmlite.json").write_text(json.dumps({"kind": "adapter", "base": base}))
+    for adapter in (tmp_path, tmp_path / "adapter.gguf"):
+        adapter.touch()
+        with pytest.raises(InputError, match=f"{tmp_path}: was made for another-base, .* an adapter of another base"):
+            model_specs(checkpoint, ServeSettings(lora=(f"tuned={adapter}",)))
 
 
 @pytest.mark.parametrize(
