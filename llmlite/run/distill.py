@@ -277,8 +277,10 @@ def _train(folder: Path, out: Path, job: Job, settings: DistillSettings) -> Dist
     trained = train(task, settings, folder, "distill") if settings.steps else None
     with torch.autocast(job.device, job.dtype, enabled=job.dtype != torch.float32):
         after = task.held() if trained is not None else before
-    notes = (trained.note,) if trained is not None and trained.note else ()
     count = (parameters(job.teacher, shape_of(job.teacher.config)), parameters(student, shape_of(student.config)))
+    notes = (trained.note,) if trained is not None and trained.note else ()
+    if count[1] > count[0]:
+        notes += ("the student has more parameters than its teacher",)
     done = Distilled(out, before, after, trained, made, count, notes)
     if PartialState().is_main_process:
         weights = {name: p for name, p in task.parameters().items() if not name.startswith(PROJECTION)}

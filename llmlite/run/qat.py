@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -186,12 +187,21 @@ def _train(folder: Path, out: Path, job: _Job, settings: TrainCodesSettings) -> 
         fresh = {file.name: rewritten(file) for file in stored.files if trained.best_step}
         for file in sorted(start.iterdir(), key=lambda file: file.name == "config.json"):
             if file not in fresh.values():
-                fresh.get(file.name, file).rename(folder / file.name)
+                _put(fresh.get(file.name, file), folder / file.name)  # a killed run needs them where they are
         loss_curve(trained, folder / PICTURE, f"{out.name}: {job.target} learns from {job.teacher.source}")
         write_manifest(folder, _manifest(manifest, job, settings, done))
         shutil.rmtree(work)
         shutil.rmtree(folder / TAUGHT)
     return done
+
+
+def _put(file: Path, place: Path) -> None:
+    """The file at a second place, without a copy where the file system can."""
+    place.unlink(missing_ok=True)  # of a run that was killed here
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
 
 
 def _begin(start: Path, job: _Job, settings: TrainCodesSettings) -> None:

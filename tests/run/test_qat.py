@@ -1,5 +1,6 @@
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from llmlite.cli import main
 from llmlite.errors import InputError
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
+from llmlite.run import qat as run_qat
 from llmlite.run.qat import TrainCodesSettings, train_quantized
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.tiny import save_tiny
@@ -84,6 +86,31 @@ def test_an_artifact_that_is_there_is_begun_with_and_stays(base, tmp_path):
     strange = TrainCodesSettings(to="gptq:w2g32", student=str(start), **{**settings, "teacher": str(other)})
     with pytest.raises(InputError, match="which has another config"):
         train_quantized(tmp_path / "no", strange)
+
+
+def test_cut_off_while_the_artifact_is_put_together_it_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    quantize(base, start, QuantizeSettings(to="gptq:w3g32", solver="rtn"))
+    settings = TrainCodesSettings(
+        teacher=str(base), to="gptq:w3g32", student=str(start), data=(str(base.parent / "ids.npy"),), row_length=32,
+        data_tokens=3072, steps=4, judge_every=2, save_every=2, batch_rows=8, rate=0.01, dtype="float32",
+    )  # fmt: skip
+    train_quantized(tmp_path / "whole", settings)
+    monkeypatch.setattr(run_qat, "write_manifest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_quantized(tmp_path / "out", settings)
+    monkeypatch.undo()
+    assert not (tmp_path / "out").exists()
+    train_quantized(tmp_path / "out", replace(settings, resume=True))
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in whole.iterdir())
+    told, wanted = (json.loads((d / "llmlite.json").read_text()) for d in (out, whole))
+    assert told["plan"] == wanted["plan"] and told.keys() == wanted.keys()
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
