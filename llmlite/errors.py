@@ -26,4 +26,8 @@ class OutsideError(LlmliteError):
 
 
 class WriteError(OutsideError):
-    """The disk is full or failed; what was written before it did can be gone on with."""
+    """The disk is full or failed; what was written before it did may be gone on with. ``reason``: the system's word."""
+
+    def __init__(self, reason: str, sentence: str | None = None) -> None:
+        super().__init__(sentence or f"the disk can't be written to ({reason})")
+        self.reason = reason

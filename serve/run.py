@@ -69,7 +69,6 @@ def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[Mod
     The first model is loaded before anyone can connect, and again after its engine died. The others are looked for
     now and loaded when asked for; adapters and a draft model belong to the first one alone.
     """
-    from llmlite.formats.adapter_base import refuse_other_base
     from llmlite.serve.engines import open_artifact
     from llmlite.serve.models import ModelSpec
 
@@ -79,9 +78,11 @@ def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[Mod
         except InputError as error:
             raise InputError(f"also {name}: {error}") from None
     for name, file in settings.adapters:
+        from llmlite.formats.adapter_base import refuse_other_base  # brings torch, which a GGUF file does not need
+
         if not file.exists():
             raise InputError(f"lora {name}: {file} is not there")
-        refuse_other_base(file if file.is_dir() else file.parent, str(artifact))
+        refuse_other_base(file if file.is_dir() else file.parent, str(find(artifact).path), doubt=log.warning)
     first = open_artifact(artifact, settings)
     opened = [first]
 

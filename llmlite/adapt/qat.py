@@ -26,6 +26,7 @@ from llmlite.adapt.targets import keep_on_disk, kept_targets
 from llmlite.adapt.teacher import Teacher, held_rows, trained_rows
 from llmlite.adapt.training import Trained, TrainSettings, check_training, computing_dtype, train
 from llmlite.calibrate.moments import HELD_EVERY
+from llmlite.checkpoint.artifact import TRAINING
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import EMBEDDING, HEAD, LAYER
 from llmlite.errors import InputError
@@ -34,7 +35,7 @@ from llmlite.plan.types import GgufTypes, SafetensorsTypes
 
 EXPERIMENTAL = "2 bits by training through the rounding are experimental: measure before use"
 SMALLEST_SLOPE = 1e-12  # one code's share of the slope is far below Adam's default
-TAUGHT = "taught"  # the folder of the base's predictions
+TAUGHT = f"{TRAINING}taught"  # the folder of the base's predictions
 KEPT = 0.3  # share of the free memory that activations may take; beyond it they are computed twice
 
 

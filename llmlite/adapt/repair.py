@@ -32,7 +32,7 @@ from llmlite.adapt.teacher import (
 )
 from llmlite.calibrate.moments import HELD_EVERY
 from llmlite.calibrate.rows import Rows
-from llmlite.checkpoint.artifact import refuse_full_disk
+from llmlite.checkpoint.artifact import JOURNAL
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import EMBEDDING, HEAD, LAYER
 from llmlite.errors import InputError
@@ -119,8 +119,6 @@ def repair(checkpoint: Checkpoint, stored: Stored, rows: Rows, settings: RepairS
     trained, held = _chosen(len(rows.ids), settings)
     used = sorted({*trained, *held})
     ids = rows.ids[used]
-    kept = disk_needed(len(ids), ids.shape[1], settings.top, checkpoint.config["hidden_size"])
-    refuse_full_disk(stored.files[0], sum(file.stat().st_size for file in stored.files), kept)
     place = {row: number for number, row in enumerate(used)}
     teacher = teach(checkpoint, ids, scratch, settings.top, settings.device)
     try:
@@ -132,12 +130,20 @@ def repair(checkpoint: Checkpoint, stored: Stored, rows: Rows, settings: RepairS
         if best is None or not after < before:
             note = f"repair: {steps} steps made the artifact no nearer to its base on held-out text, so it is as it was"
             return Repaired(before, before, steps, 0, round(time.monotonic() - start, 1), note)
+        (scratch / JOURNAL).unlink(missing_ok=True)  # its layers are no longer what the files hold: no run goes on here
         put_in_place(stored)
         return Repaired(before, after, steps, best.step, round(time.monotonic() - start, 1))
     finally:
         for file in stored.files:
             rewritten(file).unlink(missing_ok=True)
         teacher.remove()
+
+
+def repair_scratch(checkpoint: Checkpoint, ids: np.ndarray, settings: RepairSettings) -> int:
+    """Bytes on disk that the base's predictions take while `repair` runs, beside a second copy of the weights."""
+    trained, held = _chosen(len(ids), settings)
+    rows = len({*trained, *held})
+    return disk_needed(rows, ids.shape[1], settings.top, checkpoint.config["hidden_size"])
 
 
 def _chosen(rows: int, settings: RepairSettings) -> tuple[list[int], list[int]]:

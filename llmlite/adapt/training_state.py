@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from llmlite.checkpoint.artifact import JOURNAL, TRAINING, cannot_write, flush_directory, write_json
-from llmlite.errors import InputError, first_line
+from llmlite.checkpoint.artifact import JOURNAL, TRAINING, flush_directory, write_json
+from llmlite.errors import InputError, WriteError, first_line
 
 STATE = f"{TRAINING}state"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -109,13 +109,13 @@ def _refuse_another(
 
 
 def write_tensors(file: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file, there in one step and on the disk when this returns; `OutsideError` where it can't be."""
+    """A safetensors file, there in one step and on the disk when this returns; `WriteError` where it can't be."""
     new = file.with_name(f"{file.name}.new")
     try:
         save_file({name: value.contiguous() for name, value in tensors.items()}, new, metadata)
     except SafetensorError as error:  # the library's word for a full disk too
         new.unlink(missing_ok=True)
-        raise cannot_write(file.parent, first_line(error), file.parent) from None
+        raise WriteError(first_line(error)) from None
     with open(new, "rb") as written:
         os.fsync(written.fileno())
     new.rename(file)

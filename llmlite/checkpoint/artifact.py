@@ -16,7 +16,7 @@ from llmlite.errors import InputError, WriteError
 
 MANIFEST = "llmlite.json"
 JOURNAL = ".journal.json"  # in a partial directory that another run can go on with
-TRAINING = ".training-"  # begins the names of files that a trainer goes on from; they are in no finished artifact
+TRAINING = ".training-"  # begins the names of what a trainer goes on from, files and folders; no artifact has them
 GGUF_FILE = "model.gguf"  # the weights of a GGUF artifact
 DISK_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 SPARE_BYTES = 16 * 2**20  # for configs, tokenizer and the file system's own needs
@@ -37,21 +37,24 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
         try:
             yield partial
             _flush(partial)
-            for file in [partial / JOURNAL, *partial.glob(f"{TRAINING}*")]:
-                file.unlink(missing_ok=True)
+            (partial / JOURNAL).unlink(missing_ok=True)
+            for left in partial.glob(f"{TRAINING}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             partial.rename(out)  # an empty directory in its place is replaced
             flush_directory(out.parent)
+        except WriteError as error:  # of what is written inside this directory; the user knows this one
+            raise _cannot_write(out, error.reason, partial) from None
         except OSError as error:
             if error.errno in DISK_FAILED:
-                raise cannot_write(out, str(error.strerror), partial) from None
+                raise _cannot_write(out, str(error.strerror), partial) from None
             raise
 
 
-def cannot_write(out: Path, reason: str, partial: Path) -> WriteError:
+def _cannot_write(out: Path, reason: str, partial: Path) -> WriteError:
     """What ends a run that the disk has no room for; the directory ``partial`` stays if there is a journal in it."""
     kept = (partial / JOURNAL).is_file()
     left = "what is done is kept, and --resume goes on with it" if kept else "nothing of it was kept"
-    return WriteError(f"{out}: can't be written ({reason}); {left}")
+    return WriteError(reason, f"{out}: can't be written ({reason}); {left}")
 
 
 def partial_of(out: Path) -> Path:
@@ -156,6 +159,19 @@ def flush_directory(directory: Path) -> None:
 def write_manifest(directory: Path, manifest: dict) -> None:
     """Put llmlite.json into a directory, replacing one that is there in a single step."""
     write_json(directory / MANIFEST, manifest)
+
+
+def origin_sha256(directory: Path) -> str | None:
+    """The digest of the config.json of the model that an artifact was made from by rounding alone, or None.
+
+    An import of an artifact's GGUF file is told by it what that one was made from. A merge and a student are models of
+    their own.
+    """
+    manifest = read_manifest(directory) or {}
+    base, kind = manifest.get("base"), manifest.get("kind")
+    if not isinstance(base, dict) or "adapter" in manifest:
+        return None
+    return base.get({"artifact": "config_sha256", "import": "origin_config_sha256"}.get(str(kind), ""))
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -13,7 +13,13 @@ import torch
 
 import llmlite
 from llmlite.checkpoint import gguf_names
-from llmlite.checkpoint.artifact import atomic_directory, refuse_existing, refuse_full_disk, write_manifest
+from llmlite.checkpoint.artifact import (
+    atomic_directory,
+    origin_sha256,
+    refuse_existing,
+    refuse_full_disk,
+    write_manifest,
+)
 from llmlite.checkpoint.checkpoint import expected_shapes
 from llmlite.checkpoint.families import Family, family_of_gguf
 from llmlite.checkpoint.gguf_config import import_config
@@ -162,6 +168,7 @@ def _manifest(source: GgufFile, directory: Path, reorder_seed: int | None) -> di
             "name": source.metadata.get("general.name"),
             "bytes": source.file.stat().st_size,
             "config_sha256": hashlib.sha256((directory / "config.json").read_bytes()).hexdigest(),
+            "origin_config_sha256": origin_sha256(source.file.parent),
         },
         "reordered_seed": reorder_seed,
         "source_types": dict(Counter(tensor.type for tensor in source.tensors.values()).most_common()),

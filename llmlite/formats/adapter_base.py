@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from llmlite.checkpoint.artifact import read_manifest, sha256_of
+from llmlite.checkpoint.artifact import origin_sha256, read_manifest, sha256_of
 from llmlite.checkpoint.checkpoint import locate
 from llmlite.checkpoint.safetensors_index import read_index
 from llmlite.errors import InputError
@@ -22,11 +23,14 @@ def weights_sha256(model: str, revision: str | None = None) -> dict[str, str]:
     return {part.name: sha256_of(part) for part in files}
 
 
-def refuse_other_base(adapter: Path, model: str, revision: str | None = None) -> None:
+def refuse_other_base(
+    adapter: Path, model: str, revision: str | None = None, doubt: Callable[[str], None] | None = None
+) -> None:
     """`InputError` where an adapter's manifest names another base than ``model``; one without a manifest passes.
 
     ``model`` may be what the adapter was made on, an artifact of that, or what that is an artifact of; an adapter of
     rounding errors belongs to one artifact only. A GGUF file that lies alone does not tell what it is, and passes.
+    ``doubt`` is told, in place of an error, where only the two config.json differ: they may be two words for one model.
     """
     manifest = read_manifest(adapter)
     base = (manifest or {}).get("base")
@@ -35,22 +39,27 @@ def refuse_other_base(adapter: Path, model: str, revision: str | None = None) ->
     source, weights, config = base.get("source"), base.get("weights_sha256"), base.get("config_sha256")
     own = _config_sha256(_folder(model, revision))
     if manifest.get("kind") == ERROR_ADAPTER:
-        if weights != weights_sha256(model, revision):
+        if not _same(weights, model, revision):
             raise InputError(
                 f"{adapter}: makes good what rounding cost {source}, and {model} has other weights: an adapter of "
                 "another base"
             )
     elif config is not None and config == own:
-        if weights is not None and weights != weights_sha256(model, revision):
+        if weights is not None and gguf_file(Path(model)) is None and not _same(weights, model, revision):
             raise InputError(f"{adapter}: was made for {source}, and {model} has other weights: of another base")
     elif config is not None:
         wanted = {config, base.get("origin_config_sha256"), origin_sha256(Path(str(source)))}
         found = {own, origin_sha256(_folder(model, revision))} - {None}
         if found and not wanted & found:  # a GGUF file alone does not tell: it goes by the shapes
-            raise InputError(
-                f"{adapter}: was made for {source}, and {model} is another model by its config.json: an adapter of "
-                "another base"
-            )
+            said = f"{adapter}: was made for {source}, and {model} is another model by its config.json"
+            if doubt is None:
+                raise InputError(f"{said}: an adapter of another base")
+            doubt(said)
+
+
+def _same(weights: object, model: str, revision: str | None) -> bool:
+    """The digests are those of the model's files, whatever these are called."""
+    return isinstance(weights, dict) and sorted(weights.values()) == sorted(weights_sha256(model, revision).values())
 
 
 def _folder(model: str, revision: str | None) -> Path:
@@ -60,9 +69,3 @@ def _folder(model: str, revision: str | None) -> Path:
 def _config_sha256(folder: Path) -> str | None:
     file = folder / "config.json"
     return sha256_of(file) if file.is_file() else None
-
-
-def origin_sha256(folder: Path) -> str | None:
-    """The digest of the config.json of what the artifact in ``folder`` was made from, where its manifest tells it."""
-    base = (read_manifest(folder) or {}).get("base")
-    return base.get("config_sha256") if isinstance(base, dict) else None

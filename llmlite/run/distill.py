@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ from llmlite.adapt.targets import LiveTeacher, keep_on_disk, load_model
 from llmlite.adapt.training import Trained, TrainSettings, check_training, computing_dtype, train
 from llmlite.adapt.vocabulary import match_vocabularies
 from llmlite.calibrate.rows import Rows
-from llmlite.checkpoint.artifact import refuse_existing, sha256_of, write_manifest
+from llmlite.checkpoint.artifact import TRAINING, refuse_existing, sha256_of, write_manifest
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.errors import InputError
 from llmlite.evals.hf import load_tokenizer
@@ -33,7 +32,7 @@ from llmlite.run.text import calibration_rows, opened
 from llmlite.run.training import describe_model, training_device, training_directory
 
 PICTURE = "loss.png"
-WORK = "work"  # in the partial directory: the student as it was, the teacher's logits; not in the artifact
+WORK = f"{TRAINING}work"  # in the partial directory: the student as it was, the teacher's logits
 HELD_ROWS, HELD_SHARE = 8, 8  # rows that judge, at most, and at most one of so many
 
 
@@ -249,7 +248,7 @@ def _vocabulary(teacher: Checkpoint, student: Checkpoint | None) -> torch.Tensor
 def _run(job: Job, settings: DistillSettings) -> dict[str, Any]:
     """All that decides what is trained."""
     lasting = {name: value for name, value in asdict(settings).items() if name not in ("resume", "threads")}
-    models = {"teacher": describe_model(job.teacher.source, job.teacher.directory)}
+    models = {"teacher": describe_model(job.teacher.source, job.teacher.directory, job.teacher.gguf)}
     if job.student is not None:
         models["student"] = describe_model(job.student.source, job.student.directory)
     run = {"llmlite": __version__, **models, "data": list(job.rows.sources), "settings": lasting, "device": job.device}
@@ -278,7 +277,7 @@ def _train(folder: Path, out: Path, job: Job, settings: DistillSettings) -> Dist
     with torch.autocast(job.device, job.dtype, enabled=job.dtype != torch.float32):
         after = task.held() if trained is not None else before
     count = (parameters(job.teacher, shape_of(job.teacher.config)), parameters(student, shape_of(student.config)))
-    notes = (trained.note,) if trained is not None and trained.note else ()
+    notes: tuple[str, ...] = (trained.note,) if trained is not None and trained.note else ()
     if count[1] > count[0]:
         notes += ("the student has more parameters than its teacher",)
     done = Distilled(out, before, after, trained, made, count, notes)
@@ -288,7 +287,6 @@ def _train(folder: Path, out: Path, job: Job, settings: DistillSettings) -> Dist
         if trained is not None:
             loss_curve(trained, folder / PICTURE, f"{job.teacher.source} teaches {out.name}: {settings.loss}")
         write_manifest(folder, _manifest(job, settings, done))
-        shutil.rmtree(work)
     return done
 
 

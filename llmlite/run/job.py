@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -94,6 +94,8 @@ class Job:
                 give_freed_memory_back()
         elif done < len(layers) or heads:
             hidden = self._calibrated(layers, rows, bool(heads))
+        else:
+            self._forget_activations()
         for row in after:
             if row in heads and rows is not None:
                 self._own_head(row, hidden, self._batch(rows))
@@ -283,12 +285,16 @@ class Job:
             if done == 0:
                 return {name: stream.embed(rows.ids, self._file(name, 0), batch) for name in networks}
             files = {name: self._file(name, done) for name in networks}
-            for file in self.work.scratch.glob(".*"):  # of the layer that was cut off
-                if file.name != JOURNAL and file not in files.values():
-                    file.unlink()
+            self._forget_activations(files.values())
             stream.embed(rows.ids[:batch], self._file("rounded", 0), batch).remove()  # for the layers' other arguments
             shape = (*rows.ids.shape, self.checkpoint.config["hidden_size"])
             return {name: Activations(file, shape, reopen=True) for name, file in files.items()}
+
+    def _forget_activations(self, but: Collection[Path] = ()) -> None:
+        """Remove those of the layer that an earlier run was cut off in."""
+        for file in self.work.scratch.glob(".*"):
+            if file.name != JOURNAL and file not in but:
+                file.unlink()
 
     def _outputs(self, name: str, layer: StagedLayer, batch: int) -> Activations:
         """The inputs of the next layer, on the disk for good."""

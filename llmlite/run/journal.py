@@ -78,11 +78,9 @@ def describe_run(
     if rows is not None:
         calibration = f"{list(rows.ids.shape)} " + hashlib.sha256(rows.ids.tobytes()).hexdigest()
     files = {file for entry in checkpoint.tensors.values() for file in entry.files}
-    if checkpoint.gguf is not None:  # what it was imported to is made anew by each run
-        files = {file for file in files if file.parent != checkpoint.directory} | {checkpoint.gguf}
     return {
         "llmlite": __version__,
-        "base": describe_files(checkpoint.source, checkpoint.directory, files),
+        "base": describe_files(checkpoint.source, checkpoint.directory, files, checkpoint.gguf),
         "plan": plan.sha256,
         "calibration": calibration,
         "device": device,
@@ -90,13 +88,15 @@ def describe_run(
     }
 
 
-def describe_files(source: str, directory: Path, weights: Iterable[Path]) -> dict[str, Any]:
+def describe_files(source: str, directory: Path, weights: Iterable[Path], gguf: Path | None = None) -> dict[str, Any]:
     """What tells one model from another without reading all of it: its config, and its files' sizes and times.
 
-    A GGUF file stands for itself: the ``directory`` that it is imported into is made anew by each run.
+    The file ``gguf`` stands for the ``directory`` that it is imported into, which is made anew by each run.
     """
-    files = [Path(source)] if source.endswith(".gguf") else sorted(weights)
-    told = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    files = set(weights)
+    if gguf is not None:
+        files = {file for file in files if file.parent != directory} | {gguf}
+    told = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(files)}
     return {"source": source, "config.json": sha256_of(directory / "config.json"), **told}
 
 

@@ -31,7 +31,7 @@ from llmlite.adapt.training import Trained, check_training, computing_dtype, tra
 from llmlite.adapt.training_state import disk_needed
 from llmlite.calibrate.corpus import read_corpus
 from llmlite.checkpoint.artifact import (
-    cannot_write,
+    origin_sha256,
     refuse_existing,
     refuse_full_disk,
     scratch_directory,
@@ -40,9 +40,9 @@ from llmlite.checkpoint.artifact import (
 )
 from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.families import family_of
-from llmlite.errors import InputError, first_line
+from llmlite.errors import InputError, WriteError, first_line
 from llmlite.evals.hf import load_tokenizer
-from llmlite.formats.adapter_base import ADAPTER, ERROR_ADAPTER, origin_sha256, weights_sha256
+from llmlite.formats.adapter_base import ADAPTER, ERROR_ADAPTER, weights_sha256
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.formats.reading import unquantized
@@ -328,7 +328,7 @@ def _write(
     try:
         adapted.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
     except SafetensorError as error:  # the library's word for a full disk too
-        raise cannot_write(done.directory, first_line(error), folder) from None
+        raise WriteError(first_line(error)) from None
     if settings.gguf:
         write_gguf_lora(read_adapter(folder), unquantized(read_config(directory)), folder / GGUF_LORA)
     (folder / "README.md").unlink(missing_ok=True)  # peft's form of a model card, not filled in

@@ -89,6 +89,8 @@ def _rounding(settings: MergeSettings) -> QuantizeSettings | None:
         return rounding
     plain = MergeSettings(device=settings.device, threads=settings.threads, revision=settings.revision)
     given = [name for name, value in asdict(settings).items() if value != asdict(plain)[name]]
+    if given == ["resume"]:
+        raise InputError("--resume: goes with --to; without it nothing is done that a run could go on with")
     if given:
         option = given[0].replace("_", "-")
         raise InputError(f"--{option}: says how merged weights are rounded, and without --to nothing is; leave it out")

@@ -13,7 +13,7 @@ from typing import Any
 
 from llmlite import __version__
 from llmlite.adapt.curve import loss_curve
-from llmlite.adapt.qat import TAUGHT, QatSettings, check_qat
+from llmlite.adapt.qat import QatSettings, check_qat
 from llmlite.adapt.qat import qat as train_codes
 from llmlite.adapt.stored import open_stored, rewritten
 from llmlite.adapt.targets import TOP
@@ -21,7 +21,14 @@ from llmlite.adapt.teacher import disk_needed
 from llmlite.adapt.training import Trained
 from llmlite.adapt.training_state import COPIES
 from llmlite.calibrate.rows import Rows
-from llmlite.checkpoint.artifact import read_manifest, refuse_existing, refuse_full_disk, sha256_of, write_manifest
+from llmlite.checkpoint.artifact import (
+    TRAINING,
+    read_manifest,
+    refuse_existing,
+    refuse_full_disk,
+    sha256_of,
+    write_manifest,
+)
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.errors import InputError
 from llmlite.memory import give_freed_memory_back, keep_heap_small
@@ -34,7 +41,7 @@ from llmlite.run.text import calibration_rows, check_row_length, opened
 from llmlite.run.training import describe_model, training_device, training_directory
 
 PICTURE = "loss.png"
-WORK, START = "work", "start"  # in the partial directory: the artifact as it was, and the base's predictions
+WORK, START = f"{TRAINING}work", "start"  # in the partial directory: the artifact as it was
 ONE_BIT = re.compile(r"[a-z-]+:(w1|i?q1|tq1|binary)")
 
 
@@ -160,7 +167,7 @@ def _manifest_of(start: Path, teacher: Checkpoint, target: Target) -> dict[str, 
 def _run(job: _Job, settings: TrainCodesSettings) -> dict[str, Any]:
     """All that decides what is trained."""
     lasting = {name: value for name, value in asdict(settings).items() if name not in ("resume", "threads")}
-    models = {"teacher": describe_model(job.teacher.source, job.teacher.directory)}
+    models = {"teacher": describe_model(job.teacher.source, job.teacher.directory, job.teacher.gguf)}
     if settings.student is not None:
         files = sorted(Path(settings.student).glob("model*"))
         models["student"] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
@@ -190,13 +197,14 @@ def _train(folder: Path, out: Path, job: _Job, settings: TrainCodesSettings) -> 
                 _put(fresh.get(file.name, file), folder / file.name)  # a killed run needs them where they are
         loss_curve(trained, folder / PICTURE, f"{out.name}: {job.target} learns from {job.teacher.source}")
         write_manifest(folder, _manifest(manifest, job, settings, done))
-        shutil.rmtree(work)
-        shutil.rmtree(folder / TAUGHT)
     return done
 
 
 def _put(file: Path, place: Path) -> None:
-    """The file at a second place, without a copy where the file system can."""
+    """The file or folder at a second place, without a copy of a file where the file system can."""
+    if file.is_dir():
+        shutil.copytree(file, place, dirs_exist_ok=True)
+        return
     place.unlink(missing_ok=True)  # of a run that was killed here
     try:
         os.link(file, place)

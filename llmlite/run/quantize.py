@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from llmlite import __version__
-from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair
+from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair, repair_scratch
 from llmlite.adapt.stored import open_stored
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import (
@@ -114,10 +114,10 @@ def quantize_checkpoint(
         check_repair(checkpoint, types, rows.ids, tuning)
     importance = _importance(checkpoint, plan, settings)
     networks = _networks(settings, plan)
-    _check_disk(out, checkpoint, plan, rows, networks)
+    _check_disk(out, checkpoint, plan, rows, networks, tuning if settings.repair else None)
     _tell_memory(checkpoint, plan, networks)
     journal = _journal(out, checkpoint, plan, rows, settings, device)
-    with _kept_when_interrupted(journal), atomic_directory(out, resume=journal.layers > 0) as directory:
+    with _kept_when_interrupted(out), atomic_directory(out, resume=journal.layers > 0) as directory:
         sink = open_sink(directory, checkpoint, plan, types, rows, reopen=journal.layers > 0)
         notes = (*plan.notes, *sink.notes)
         for note in notes:
@@ -205,13 +205,14 @@ def _journal(
 
 
 @contextmanager
-def _kept_when_interrupted(journal: Journal) -> Iterator[None]:
+def _kept_when_interrupted(out: Path) -> Iterator[None]:
     """An interrupt that leaves something to go on with says so."""
     try:
         yield
     except KeyboardInterrupt:
-        if journal.layers:
-            raise KeyboardInterrupt(f"interrupted; --resume goes on at layer {journal.layers}") from None
+        left = read_journal(out)
+        if left is not None:
+            raise KeyboardInterrupt(f"interrupted; --resume goes on at layer {left.layers}") from None
         raise
 
 
@@ -234,8 +235,12 @@ def _networks(settings: QuantizeSettings, plan: Plan) -> int:
     return 2 if aimed else 1
 
 
-def _check_disk(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, networks: int) -> None:
+def _check_disk(
+    out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, networks: int, tuning: RepairSettings | None
+) -> None:
     scratch = 0 if rows is None else scratch_space(checkpoint, plan, rows.ids.size, networks)
+    if rows is not None and tuning is not None:  # after the rounding, whose scratch is free again
+        scratch = max(scratch, plan.bytes + repair_scratch(checkpoint, rows.ids, tuning))
     refuse_full_disk(out, plan.bytes, scratch)
 
 

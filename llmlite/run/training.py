@@ -62,10 +62,11 @@ def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator
             processes.wait_for_everyone()
             yield folder
             processes.wait_for_everyone()
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("interrupted; --resume goes on at the last step that was saved") from None
+    except KeyboardInterrupt as inner:  # what was interrupted may have said where it goes on
+        said = str(inner) or "interrupted; --resume goes on at the last step that was saved"
+        raise KeyboardInterrupt(said) from None
 
 
-def describe_model(source: str, directory: Path) -> dict[str, Any]:
+def describe_model(source: str, directory: Path, gguf: Path | None = None) -> dict[str, Any]:
     """`describe_files` of a model whose weights lie in ``directory``."""
-    return describe_files(source, directory, {entry.file for entry in read_index(directory).values()})
+    return describe_files(source, directory, {entry.file for entry in read_index(directory).values()}, gguf)

@@ -91,6 +91,8 @@ def test_an_artifact_that_is_there_is_begun_with_and_stays(base, tmp_path):
 def test_cut_off_while_the_artifact_is_put_together_it_goes_on_to_the_same_bytes(base, tmp_path, monkeypatch):
     start = tmp_path / "start"
     quantize(base, start, QuantizeSettings(to="gptq:w3g32", solver="rtn"))
+    (start / "additional_chat_templates").mkdir()
+    (start / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     settings = TrainCodesSettings(
         teacher=str(base), to="gptq:w3g32", student=str(start), data=(str(base.parent / "ids.npy"),), row_length=32,
         data_tokens=3072, steps=4, judge_every=2, save_every=2, batch_rows=8, rate=0.01, dtype="float32",
@@ -105,6 +107,7 @@ def test_cut_off_while_the_artifact_is_put_together_it_goes_on_to_the_same_bytes
     whole, out = tmp_path / "whole", tmp_path / "out"
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert sorted(f.name for f in out.iterdir()) == sorted(f.name for f in whole.iterdir())
+    assert (out / "additional_chat_templates" / "tools.jinja").is_file()
     told, wanted = (json.loads((d / "llmlite.json").read_text()) for d in (out, whole))
     assert told["plan"] == wanted["plan"] and told.keys() == wanted.keys()
 

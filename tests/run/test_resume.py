@@ -14,8 +14,10 @@ import time
 import numpy as np
 import pytest
 
+from llmlite.adapt import repair as adapt_repair
 from llmlite.checkpoint.artifact import JOURNAL
 from llmlite.errors import InputError, OutsideError
+from llmlite.run import quantize as run_quantize
 from llmlite.run import sinks
 from llmlite.run.quantize import QuantizeSettings, quantize
 from tests.tiny import save_tiny
@@ -54,6 +56,8 @@ RUNS = """
             journal.Journal.write = lambda self, to: die() if self.layers == 2 else write(self, to)
         elif moment == "after the journal":
             journal.Journal.write = after(write)
+        elif moment == "after the last layer's journal":
+            journal.Journal.write = lambda self, to: (write(self, to), die() if self.layers == 4 else None)
         elif moment == "in a layer":
             for kind in (sinks.GgufSink, sinks.SafetensorsSink):
                 def rounded(self, row, weight, take=kind.rounded):
@@ -105,11 +109,12 @@ def runs(tmp_path, settings, moments):
 @pytest.mark.parametrize(("to", "solver"), TARGETS)
 def test_cut_off_at_every_kind_of_moment_it_ends_in_the_same_bytes(tmp_path, to, solver):
     settings = made(tmp_path, 4, to=to, solver=solver)
-    moments = ["after the journal", "before the journal", "in a layer", "after the journal", "when all is written"]
+    moments = ["after the journal", "before the journal", "in a layer", "after the journal"]
+    moments += ["after the last layer's journal", "when all is written"]
     journals, said = runs(tmp_path, settings, [*moments, "at the end"])
-    assert journals == [True] * 5 + [False]
+    assert journals == [True] * 6 + [False]
     assert [f"goes on at layer {n} of 4" in said for n in range(5)] == [False, True, True, True, True]
-    assert digests(tmp_path / "out") == digests(tmp_path / "out-whole")
+    assert digests(tmp_path / "out") == digests(tmp_path / "out-whole")  # and nothing else is in it
     assert sorted(os.listdir(tmp_path)) == ["base", "ids.npy", "out", "out-whole"]
 
 
@@ -200,3 +205,33 @@ def test_an_interrupt_keeps_what_can_be_gone_on_with_and_says_so(tmp_path):
     assert said == f"llmlite: interrupted; --resume goes on at layer {layers}"
     assert subprocess.run([*command, "--resume"], capture_output=True, timeout=500).returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+
+
+def test_a_disk_that_is_full_for_the_repair_keeps_the_rounding(tmp_path, monkeypatch):
+    settings = made(tmp_path, 2, repair=True, repair_steps=8)
+    quantize(tmp_path / "base", tmp_path / "whole", QuantizeSettings(**settings))
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(adapt_repair, "teach", full)
+    with pytest.raises(OutsideError, match="what is done is kept, and --resume goes on"):
+        quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings))
+    monkeypatch.undo()
+    quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings, resume=True))
+    assert (tmp_path / "out" / "model.gguf").read_bytes() == (tmp_path / "whole" / "model.gguf").read_bytes()
+
+
+def test_repaired_weights_are_not_taken_for_rounded_ones_by_a_run_that_goes_on(tmp_path, monkeypatch):
+    text = (str(tmp_path / "ids.npy"),)
+    settings = made(tmp_path, 2, to="gptq:w2g32", solver="rtn", calibration=text, repair=True, repair_steps=16)
+    assert quantize(tmp_path / "base", tmp_path / "whole", QuantizeSettings(**settings)).repaired.best_step > 0
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_quantize, "write_manifest", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"^$"):  # it promises nothing
+        quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings))
+    monkeypatch.undo()
+    assert not (tmp_path / ".out.partial").exists()

@@ -69,14 +69,24 @@ def test_a_port_in_use_is_one_sentence(checkpoint):
     assert out == ""
 
 
-def test_an_adapter_that_was_made_for_another_base_is_refused(checkpoint, tmp_path):
+def test_an_adapter_that_was_made_for_other_weights_is_refused_and_for_another_config_remarked(
+    checkpoint, tmp_path, caplog
+):
     """Its shapes would fit; what it would make of the replies, nobody asked for."""
-    base = {"source": "another-base", "config_sha256": "0" * 64}
-    (tmp_path / "llmlite.json").write_text(json.dumps({"kind": "adapter", "base": base}))
+    base = {"source": "its-base", "config_sha256": "0" * 64, "weights_sha256": {"model.safetensors": "0" * 64}}
     for adapter in (tmp_path, tmp_path / "adapter.gguf"):
         adapter.touch()
-        with pytest.raises(InputError, match=f"{tmp_path}: was made for another-base, .* an adapter of another base"):
-            model_specs(checkpoint, ServeSettings(lora=(f"tuned={adapter}",)))
+        settings = ServeSettings(lora=(f"tuned={adapter}",))
+        (tmp_path / "llmlite.json").write_text(json.dumps({"kind": "error adapter", "base": base}))
+        with pytest.raises(
+            InputError, match=f"{tmp_path}: makes good what rounding cost its-base, and .* other weights"
+        ):
+            model_specs(checkpoint, settings)
+        (tmp_path / "llmlite.json").write_text(json.dumps({"kind": "adapter", "base": base}))
+        caplog.clear()
+        with pytest.raises(InputError, match="lora"):  # there is no adapter in it
+            model_specs(checkpoint, settings)
+        assert f"{tmp_path}: was made for its-base, and" in caplog.text
 
 
 @pytest.mark.parametrize(
