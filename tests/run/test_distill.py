@@ -161,7 +161,7 @@ def test_a_gguf_file_is_the_same_model_wherever_it_was_imported_to(base, tmp_pat
     file.write_bytes(b"GGUF")
     again = shutil.copytree(base, tmp_path / "again", copy_function=shutil.copyfile)
     assert describe_model(str(base), base) != describe_model(str(base), again)
-    assert describe_model(str(file), base) == describe_model(str(file), again)
+    assert describe_model(str(file), base, file) == describe_model(str(file), again, file)
 
 
 def test_what_was_prepared_before_the_first_step_is_not_called_a_new_beginning(tmp_path, capsys):
