@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llmlite.adapt import repair as adapt_repair
+from llmlite.checkpoint import artifact
 from llmlite.checkpoint.artifact import JOURNAL
 from llmlite.errors import InputError, OutsideError
 from llmlite.run import quantize as run_quantize
@@ -234,4 +235,15 @@ def test_repaired_weights_are_not_taken_for_rounded_ones_by_a_run_that_goes_on(t
     with pytest.raises(KeyboardInterrupt, match=r"^$"):  # it promises nothing
         quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings))
     monkeypatch.undo()
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_the_disk_that_repair_needs_is_asked_for_before_anything_is_rounded(tmp_path, monkeypatch):
+    settings = made(tmp_path, 2, repair=True, repair_steps=8)
+    usage = artifact.shutil.disk_usage(tmp_path)
+    free = artifact.SPARE_BYTES + 2 * 2**20  # enough for the tiny model's rounding
+    monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _: usage._replace(free=free))
+    quantize(tmp_path / "base", tmp_path / "rounded", QuantizeSettings(**{**settings, "repair": False}))
+    with pytest.raises(InputError, match=r"MiB free and .* MiB are needed"):
+        quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings))
     assert not (tmp_path / ".out.partial").exists()
