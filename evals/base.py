@@ -23,7 +23,7 @@ from llmlite.evals.locate import Location, find
 from llmlite.evals.perplexity import Window, Windows
 from llmlite.evals.streamed import StreamedModel, chunk_memory, running_memory, streaming_memory
 from llmlite.evals.texts import Text
-from llmlite.progress import say
+from llmlite.progress import note
 
 
 class Predictions(Protocol):
@@ -221,8 +221,3 @@ def loaded_memory(location: Location, length: int) -> int:
 def free_memory() -> int:
     """Bytes that are free where models are loaded: on the GPU where there is one, in the machine otherwise."""
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-
-
-def note(sentence: str) -> None:
-    """One sentence about how figures came about, on standard error."""
-    say(f"note: {sentence}")

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from llmlite.errors import InputError
-from llmlite.evals.base import LazyBase, default_directory, note
+from llmlite.evals.base import LazyBase, default_directory
 from llmlite.evals.budget import Fit, measure_fit
 from llmlite.evals.digests import digest_of
 from llmlite.evals.engines import engine_version, open_engine
@@ -35,6 +35,7 @@ from llmlite.evals.structure import Structure, compare_structure
 from llmlite.evals.tasks.run import TaskScore, TaskSettings, find_tasks, run_tasks
 from llmlite.evals.texts import Text, read_text, read_texts
 from llmlite.plan.budget import parse_size
+from llmlite.progress import note
 
 LONG_CONTEXT_TASKS = (*TASKS, PERPLEXITY)
 ProtocolName = Literal["llama.cpp", "paper", "sliding"]

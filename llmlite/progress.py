@@ -26,6 +26,11 @@ def say(sentence: str) -> None:
     console.print(sentence, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
+def note(sentence: str) -> None:
+    """`say` something about what is done, or was made."""
+    say(f"note: {sentence}")
+
+
 def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterator[Item]:
     """Yield the items and show how many are done; nothing is drawn where standard error is no terminal."""
     columns = (

@@ -16,7 +16,7 @@ from llmlite.checkpoint.artifact import read_manifest, write_manifest
 from llmlite.errors import InputError, OutsideError
 from llmlite.evals.evaluate import EvalSettings
 from llmlite.evals.locate import find
-from llmlite.progress import say, track
+from llmlite.progress import note, track
 from llmlite.serve.engines import open_artifact
 from llmlite.serve.generation import Delta, Work
 from llmlite.serve.sampling import Sampling
@@ -110,7 +110,7 @@ def save_draft_figures(draft: str | Path, figures: DraftFigures) -> bool:
     directory = find(draft).directory
     manifest = read_manifest(directory)
     if manifest is None:
-        say(f"note: {draft} has no llmlite.json, so the figures are not kept")
+        note(f"{draft} has no llmlite.json, so the figures are not kept")
         return False
     known: dict[str, Any] = manifest.get("draft_for", {})
     facts = {name: value for name, value in asdict(figures).items() if name not in ("teacher", "draft")}

@@ -77,12 +77,8 @@ def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[Mod
             find(place)
         except InputError as error:
             raise InputError(f"also {name}: {error}") from None
-    for name, file in settings.adapters:
-        from llmlite.formats.adapter_base import refuse_other_base  # brings torch, which a GGUF file does not need
-
-        if not file.exists():
-            raise InputError(f"lora {name}: {file} is not there")
-        refuse_other_base(file if file.is_dir() else file.parent, str(find(artifact).path), doubt=log.warning)
+    if settings.adapters:
+        _check_adapters(settings, find(artifact).path)
     first = open_artifact(artifact, settings)
     opened = [first]
 
@@ -99,6 +95,16 @@ def model_specs(artifact: str | Path, settings: ServeSettings) -> tuple[list[Mod
             f"{specs[0].name!r} names two models or adapters: give the first model another name with --name"
         )
     return specs, first
+
+
+def _check_adapters(settings: ServeSettings, base: Path) -> None:
+    """`InputError` for an adapter that is not there, or was made for other weights than those of ``base``."""
+    from llmlite.formats.adapter_base import refuse_other_base  # brings torch, which a GGUF file does not need
+
+    for name, file in settings.adapters:
+        if not file.exists():
+            raise InputError(f"lora {name}: {file} is not there")
+        refuse_other_base(file if file.is_dir() else file.parent, str(base), doubt=log.warning)
 
 
 def _warn_of_open_doors(settings: ServeSettings) -> None:

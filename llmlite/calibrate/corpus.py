@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llmlite.errors import InputError, OutsideError
 from llmlite.extras import need
-from llmlite.progress import say
+from llmlite.progress import note
 
 Message = dict[str, str]
 # The files of calibrate/data and their weights in the default mix; their origin is told in the README there.
@@ -163,7 +163,7 @@ def _dataset(name: str) -> Iterator[Document]:
         for number, row in enumerate(rows, 1):
             yield _record(row, f"{name}, row {number}")
             if number == DATASET_ROWS:
-                say(f"note: of {name} only the first {number:,} rows are read")
+                note(f"of {name} only the first {number:,} rows are read")
                 return
     except ConnectionError as error:
         raise OutsideError(f"{name}: no such file, and the dataset hub can't be reached ({error})") from None

@@ -39,7 +39,10 @@ def atomic_directory(out: Path, resume: bool = False) -> Iterator[Path]:
             _flush(partial)
             (partial / JOURNAL).unlink(missing_ok=True)
             for left in partial.glob(f"{TRAINING}*"):
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
             partial.rename(out)  # an empty directory in its place is replaced
             flush_directory(out.parent)
         except WriteError as error:  # of what is written inside this directory; the user knows this one
@@ -140,12 +143,13 @@ def _remove_stale(partial: Path, out: Path) -> None:
 
 
 def _flush(directory: Path) -> None:
-    for path in directory.rglob("*"):
-        if path.is_file():
+    """Put on the disk for good what stays in the artifact."""
+    for path in directory.iterdir():
+        if path.is_dir() and not path.name.startswith(TRAINING):
+            _flush(path)
+        elif path.is_file() and not path.name.startswith(TRAINING):
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        else:
-            flush_directory(path)
     flush_directory(directory)
 
 
@@ -159,19 +163,6 @@ def flush_directory(directory: Path) -> None:
 def write_manifest(directory: Path, manifest: dict) -> None:
     """Put llmlite.json into a directory, replacing one that is there in a single step."""
     write_json(directory / MANIFEST, manifest)
-
-
-def origin_sha256(directory: Path) -> str | None:
-    """The digest of the config.json of the model that an artifact was made from by rounding alone, or None.
-
-    An import of an artifact's GGUF file is told by it what that one was made from. A merge and a student are models of
-    their own.
-    """
-    manifest = read_manifest(directory) or {}
-    base, kind = manifest.get("base"), manifest.get("kind")
-    if not isinstance(base, dict) or "adapter" in manifest:
-        return None
-    return base.get({"artifact": "config_sha256", "import": "origin_config_sha256"}.get(str(kind), ""))
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -198,6 +189,21 @@ def read_manifest(directory: Path) -> dict | None:
     if not isinstance(manifest, dict):
         raise InputError(f"{file}: is not a JSON object")
     return manifest
+
+
+def origin_sha256(directory: Path) -> str | None:
+    """The digest of the config.json of the model that an artifact was made from by rounding alone, or None.
+
+    An import of an artifact's GGUF file is told by it what that one was made from. A merge and a student are models of
+    their own.
+    """
+    manifest = read_manifest(directory) or {}
+    base, kind = manifest.get("base"), manifest.get("kind")
+    if not isinstance(base, dict):
+        return None
+    if kind == "artifact" and "adapter" not in manifest:
+        return base.get("config_sha256")
+    return base.get("origin_config_sha256") if kind == "import" else None
 
 
 def sha256_of(file: Path) -> str:

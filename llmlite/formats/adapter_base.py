@@ -32,13 +32,13 @@ def refuse_other_base(
     rounding errors belongs to one artifact only. A GGUF file that lies alone does not tell what it is, and passes.
     ``doubt`` is told, in place of an error, where only the two config.json differ: they may be two words for one model.
     """
-    manifest = read_manifest(adapter)
-    base = (manifest or {}).get("base")
-    if manifest is None or not isinstance(base, dict) or manifest.get("kind") not in (ADAPTER, ERROR_ADAPTER):
+    manifest = read_manifest(adapter) or {}
+    base, kind = manifest.get("base"), manifest.get("kind")
+    if not isinstance(base, dict) or kind not in (ADAPTER, ERROR_ADAPTER):
         return
     source, weights, config = base.get("source"), base.get("weights_sha256"), base.get("config_sha256")
     own = _config_sha256(_folder(model, revision))
-    if manifest.get("kind") == ERROR_ADAPTER:
+    if kind == ERROR_ADAPTER:
         if not _same(weights, model, revision):
             raise InputError(
                 f"{adapter}: makes good what rounding cost {source}, and {model} has other weights: an adapter of "

@@ -31,9 +31,11 @@ def feedback(
     order = _order(matrix.diagonal(), block if snap is None else width)
     upper = feedback_factor(matrix, order)
     costs = _in_place(upper.diagonal() ** -2, order)
-    fixed = fit(target, grid, costs) if block == width or snap is not None else None
-    if fixed is not None and snap is not None:
-        fixed = snap(fixed.scales)
+    fixed = None
+    if snap is not None:
+        fixed = snap(fit(target, grid, costs).scales)
+    elif block == width:
+        fixed = fit(target, grid, costs)
     pivots, size = upper.diagonal().tolist(), grid.group or width
     homes = (order // size).tolist()
     rest = target.T[order]

@@ -17,7 +17,7 @@ from llmlite.checkpoint.families import EMBEDDING, HEAD, LAYER
 from llmlite.errors import InputError
 from llmlite.plan.budget import Option
 from llmlite.plan.correct import Corrected, CorrectionSettings, Item, Run, correct
-from llmlite.progress import say, track
+from llmlite.progress import note, track
 
 FLOAT = 4
 Rounder = Callable[[str, str, torch.Tensor | None], torch.Tensor]
@@ -128,7 +128,7 @@ def allocate(
     chosen = correct(items, budget, partial(trial.divergence, slice(0, rows)), settings.correction)
     measured = trial.divergence(slice(rows, None), chosen.types) if len(ids) > rows else None
     if measured is None:
-        say("note: the calibration text has no rows left to judge the choice of types on")
+        note("the calibration text has no rows left to judge the choice of types on")
     return _allocation(items, chosen, measured)
 
 

@@ -47,7 +47,7 @@ from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
 from llmlite.formats.reading import unquantized
 from llmlite.memory import keep_heap_small
-from llmlite.progress import console, say
+from llmlite.progress import console, note
 from llmlite.run.error_adapters import Calibration, make_error_adapter, write_error_adapter
 from llmlite.run.text import choose_device
 from llmlite.run.training import describe_model, is_first_process, training_device, training_directory
@@ -276,8 +276,8 @@ def _notes(base: Base, data: _Data, length: int) -> tuple[str, ...]:
     if not data.packed:
         notes.append("this model does not keep conversations in one row apart, so each has a row of its own")
     if is_first_process():
-        for note in notes:
-            say(f"note: {note}")
+        for sentence in notes:
+            note(sentence)
     return tuple(notes)
 
 

@@ -35,7 +35,7 @@ from llmlite.memory import give_freed_memory_back, keep_heap_small
 from llmlite.plan.plan import make_plan, stored_dtype
 from llmlite.plan.target import Target, parse_target
 from llmlite.plan.types import GgufTypes, SafetensorsTypes, type_table
-from llmlite.progress import say
+from llmlite.progress import note
 from llmlite.run.quantize import QuantizeSettings, quantize_checkpoint
 from llmlite.run.text import calibration_rows, check_row_length, opened
 from llmlite.run.training import describe_model, training_device, training_directory
@@ -118,8 +118,8 @@ def train_quantized(out: str | Path, settings: TrainCodesSettings) -> TrainedArt
     device = training_device(settings.device, settings.threads)
     with opened(settings.teacher, settings.revision, out) as teacher:
         job = _job(teacher, target, settings, device)
-        for note in job.notes:
-            say(f"note: {note}")
+        for sentence in job.notes:
+            note(sentence)
         _check_disk(out, job)
         with training_directory(out, _run(job, settings), settings.resume) as folder:
             return _train(folder, out, job, settings)

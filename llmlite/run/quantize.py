@@ -32,7 +32,7 @@ from llmlite.plan.memory import scratch_space, working_memory
 from llmlite.plan.plan import Plan, make_plan, stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
-from llmlite.progress import console, say
+from llmlite.progress import console, note, say
 from llmlite.quantize.lattice import share_on_low_bit_grid
 from llmlite.quantize.solve import SolverSettings
 from llmlite.run.allocate import Allocation
@@ -120,8 +120,8 @@ def quantize_checkpoint(
     with _kept_when_interrupted(out), atomic_directory(out, resume=journal.layers > 0) as directory:
         sink = open_sink(directory, checkpoint, plan, types, rows, reopen=journal.layers > 0)
         notes = (*plan.notes, *sink.notes)
-        for note in notes:
-            say(f"note: {note}")
+        for sentence in notes:
+            note(sentence)
         job = Job(checkpoint, plan, sink, _work(settings, device, directory, networks > 1, importance), journal)
         try:
             calibration = rows if plan.calibrated and not settings.imatrix else None

@@ -16,7 +16,7 @@ from llmlite.checkpoint.artifact import scratch_directory
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.gguf_import import import_gguf
 from llmlite.errors import InputError, first_line
-from llmlite.progress import say
+from llmlite.progress import note
 
 
 def choose_device(device: str, threads: int | None) -> str:
@@ -87,5 +87,5 @@ def _text_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: int, ro
         corpora = default_corpora(chat=tokenizer.chat_template is not None)
     rows = token_rows(corpora, tokenizer, tokens, row_length, seed)
     if rows.ids.size < tokens - row_length:
-        say(f"note: the calibration text has {rows.ids.size:,} tokens in whole rows, {tokens:,} were asked for")
+        note(f"the calibration text has {rows.ids.size:,} tokens in whole rows, {tokens:,} were asked for")
     return rows

@@ -10,7 +10,7 @@ from typing import Any
 from llmlite.adapt.training_state import STATE
 from llmlite.checkpoint.artifact import atomic_directory, partial_of
 from llmlite.checkpoint.safetensors_index import read_index
-from llmlite.progress import say
+from llmlite.progress import note, say
 from llmlite.run.journal import begin, describe_files, read_journal
 from llmlite.run.text import choose_device
 
@@ -53,9 +53,9 @@ def training_directory(out: Path, run: dict[str, Any], resume: bool) -> Iterator
     elif goes_on:
         say("resumed: no step was saved yet; what was prepared for the training is taken as it is")
     elif resume:
-        say(f"note: there is no unfinished run of {out} to resume; this one begins at the beginning")
+        note(f"there is no unfinished run of {out} to resume; this one begins at the beginning")
     elif found is not None and not found.differences(journal):
-        say(f"note: an unfinished run of {out} is removed; --resume would have gone on with it")
+        note(f"an unfinished run of {out} is removed; --resume would have gone on with it")
     try:
         with atomic_directory(out, resume=goes_on) as folder:
             journal.write(folder)
