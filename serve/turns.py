@@ -19,7 +19,6 @@ EXACT_CHUNK = 128
 
 SHORT = 256
 STRETCH = 1.2
-LEAST = 16
 
 TIMED_EVERY = 32
 """Steps with guesses, after which there is one without."""
@@ -34,9 +33,15 @@ class Rates:
 
     step: float = 0.0
     sequence: float = 0.0
-    token: float = 0.0
     row: float = 0.0
     guessed: int = 0  # steps with guesses since the last one without
+    _prompts: float = 0.0  # seconds of the last steps that went to prompts, and their tokens
+    _tokens: float = 0.0
+
+    @property
+    def token(self) -> float:
+        """A prompt's token, 0 until there was one: more where few go at a time, or far from their prompt's start."""
+        return self._prompts / self._tokens if self._tokens else 0.0
 
     def note(self, seconds: float, sequences: int, prompt_tokens: int) -> None:
         """How long a step was that took one token of each sequence and ``prompt_tokens`` of prompts."""
@@ -44,8 +49,9 @@ class Rates:
             self.step = _average(self.step, seconds)
             self.sequence = _average(self.sequence, seconds / sequences)
             self.guessed = 0
-        elif prompt_tokens >= LEAST:
-            self.token = _average(self.token, max(0.0, seconds - self.step * bool(sequences)) / prompt_tokens)
+        elif prompt_tokens:
+            self._prompts = 0.8 * self._prompts + max(0.0, seconds - self.step * bool(sequences))
+            self._tokens = 0.8 * self._tokens + prompt_tokens
 
     def note_guesses(self, seconds: float, guesses: int) -> None:
         """How long a step was that took one token of each sequence and ``guesses``."""
@@ -101,7 +107,7 @@ def plan_exactly(running: Items[Ticket], turn: int) -> list[tuple[Ticket, Piece]
 
 def prompt_budget(prompts: Items[Ticket], rates: Rates) -> int:
     """Prompt tokens beside sequences that generate."""
-    slice_ = max(LEAST, int(STRETCH * rates.step / rates.token)) if rates.token and rates.step else SHORT
+    slice_ = max(1, round(STRETCH * rates.step / rates.token)) if rates.token and rates.step else SHORT
     short = sum(ticket.generation.prompt_left for ticket in prompts if ticket.generation.is_short(SHORT))
     return max(slice_, min(short, SHORT))
 
