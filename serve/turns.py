@@ -18,7 +18,7 @@ EXACT_CHUNK = 128
 """Prompt tokens of one step where replies must not depend on what else runs."""
 
 SHORT = 256
-STRETCH = 1.2
+STRETCH = 1.8
 
 TIMED_EVERY = 32
 """Steps with guesses, after which there is one without."""

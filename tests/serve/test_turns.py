@@ -36,7 +36,7 @@ def test_steps_beside_a_long_prompt_stay_short_where_its_tokens_grow_dear():
         return 0.007 + tokens * (0.0013 + 0.015 * done / 6000)  # measured: far from the start, 3 cost more than a step
 
     steps = sorted(arrive(begun(), 6000, attention))
-    assert steps[int(0.99 * len(steps))] < 3 * STEP
+    assert steps[int(0.99 * len(steps))] < 3.5 * STEP
     alone = 6000 * (0.0013 + 0.015 / 2)
     assert sum(steps) < 2.5 * alone, "nor does the long prompt crawl"
 
