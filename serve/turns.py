@@ -19,6 +19,7 @@ EXACT_CHUNK = 128
 
 SHORT = 256
 STRETCH = 1.8
+"""With it a neighbour's slow steps, the 99th percentile, stay below three times those without a long prompt."""
 
 TIMED_EVERY = 32
 """Steps with guesses, after which there is one without."""
