@@ -48,13 +48,17 @@ class Rates:
         return self._prompts / self._tokens if self._tokens else 0.0
 
     def note(self, seconds: float, sequences: int, prompt_tokens: int) -> None:
-        """How long a step was that took one token of each sequence and ``prompt_tokens`` of prompts."""
+        """How long a step was that took one token of each sequence and ``prompt_tokens`` of prompts.
+
+        Prompts pay for what the step took longer than one without them, though nothing generated beside them: what is
+        left of a prompt whose beginning is cached may be one token.
+        """
         if sequences and not prompt_tokens:
             self.step = _average(self.step, seconds)
             self.sequence = _average(self.sequence, seconds / sequences)
             self.guessed = 0
         elif prompt_tokens:
-            self._prompts = KEPT * self._prompts + max(0.0, seconds - self.step * bool(sequences))
+            self._prompts = KEPT * self._prompts + max(0.0, seconds - self.step)
             self._tokens = KEPT * self._tokens + prompt_tokens
 
     def note_guesses(self, seconds: float, guesses: int) -> None:
@@ -65,7 +69,7 @@ class Rates:
     def price(self, drafting: float) -> float | None:
         """What a guessed token costs, in steps of one sequence that it could save; None while it isn't known, and now
         and then, for a step without guesses to be timed. ``drafting``: seconds in which a guess is made."""
-        if not self.sequence or not self.token or self.guessed >= TIMED_EVERY:
+        if not self.sequence or not self._tokens or self.guessed >= TIMED_EVERY:
             return None
         return ((self.row or self.token) + drafting) / self.sequence
 

@@ -82,8 +82,8 @@ def _by_transformers(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     more: dict[str, Any] = {"quantization_config": _rounding(on_the_fly, dtype)} if on_the_fly else {}
-    if device != "cpu":
-        more["device_map"] = {"": torch.cuda.current_device()}
+    # bitsandbytes would go to a GPU by itself, where there is one
+    more["device_map"] = {"": "cpu" if device == "cpu" else torch.cuda.current_device()}
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
     )

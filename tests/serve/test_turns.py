@@ -54,3 +54,12 @@ def test_a_last_piece_of_one_token_does_not_make_the_next_prompt_slow():
 def test_a_short_prompt_goes_whole():
     steps = arrive(begun(), SHORT, lambda tokens, done: tokens * 0.001)
     assert len(steps) == 1
+
+
+def test_guesses_are_not_dear_because_prompts_are_cached_but_for_their_last_token():
+    rates = begun()
+    for _ in range(40):
+        rates.note(STEP, 0, 1)
+        for _ in range(20):
+            rates.note(STEP, 4, 0)
+    assert rates.price(0.0) < 0.3, "a guess would save a step of one sequence"
