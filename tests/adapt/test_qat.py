@@ -151,10 +151,12 @@ def test_a_killed_training_goes_on_to_the_same_artifact(tmp_path, monkeypatch):
         if name == "cut":
             child = os.fork()
             if child == 0:
-                torch.set_num_threads(1)
-                killed_at(6, monkeypatch)
-                qat(checkpoint, stored, ROWS.ids, settings, folder)
-                os._exit(0)
+                try:
+                    torch.set_num_threads(1)
+                    killed_at(6, monkeypatch)
+                    qat(checkpoint, stored, ROWS.ids, settings, folder)
+                finally:  # or an error here would go on with the other tests, twice
+                    os._exit(1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         told = qat(checkpoint, stored, ROWS.ids, settings, folder)
         assert told.best_step

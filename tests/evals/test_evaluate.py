@@ -105,7 +105,7 @@ def test_constants_in_a_gguf_file_are_no_parameters(tmp_path):
 
 def test_kv_bytes_are_what_the_caches_take(tiny, gguf):
     model, _ = load_transformers(tiny)
-    cache = model(input_ids=torch.arange(40)[None]).past_key_values
+    cache = model(input_ids=torch.arange(40, device=model.device)[None]).past_key_values
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert kv_bytes_per_token(model) * 40 == stored
 

@@ -119,8 +119,9 @@ def test_answers_are_scored_as_one_pass_over_everything_scores_them(reader):
         prompt = asked.contexts[0].prompts[n]
         ids = np.concatenate([asked.contexts[0].ids, prompt.tail, prompt.answer])
         with torch.no_grad():
-            log_probs = torch.log_softmax(model(torch.from_numpy(ids)[None]).logits[0].float(), dim=-1)
-            begun = torch.from_numpy(ids[: -len(prompt.answer)])[None]
+            text = torch.from_numpy(ids).to(model.device)[None]
+            log_probs = torch.log_softmax(model(text).logits[0].float(), dim=-1).cpu()
+            begun = text[:, : -len(prompt.answer)]
             limit = len(prompt.answer) + 8
             said = model.generate(begun, max_new_tokens=limit, do_sample=False, pad_token_id=0)[0, begun.shape[1] :]
         rows = log_probs[-len(prompt.answer) - 1 : -1]

@@ -172,7 +172,7 @@ def test_the_chunked_head_gives_the_models_own_logits(family, request):
     chunks = list(engine.log_probs(ids, 40))
 
     assert [start for start, _ in chunks] == [40, 40 + ROWS, 40 + 2 * ROWS]
-    torch.testing.assert_close(torch.cat([rows for _, rows in chunks]), own[40:], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([rows.cpu() for _, rows in chunks]), own[40:], rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_output_head_is_refused(tmp_path):

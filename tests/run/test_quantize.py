@@ -32,7 +32,7 @@ def digests(directory: Path) -> dict[str, str]:
 
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(torch.arange(3, 60)[None]).logits.float()
+        return model(torch.arange(3, 60, device=model.device)[None]).logits.float().cpu()
 
 
 @pytest.mark.parametrize("to", TARGETS)
