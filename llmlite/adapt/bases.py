@@ -6,7 +6,6 @@ forward, or need kernels that are not everywhere. Here their layers stay packed 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +56,6 @@ def load_base(directory: Path, dtype: torch.dtype, device: str, on_the_fly: OnTh
     if method and on_the_fly:
         raise InputError(f"--quantize {on_the_fly}: {directory} is already quantized ({method}); leave it out")
     if method == "bitsandbytes" or on_the_fly:
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line per layer: that inputs are cast
         need("bnb", "bitsandbytes")
     try:
         if method in ("gptq", "compressed-tensors"):

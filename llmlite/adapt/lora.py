@@ -5,7 +5,6 @@ LoRA (2106.09685), DoRA (2402.09353), rsLoRA (2312.03732), and with a quantized 
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,12 +49,6 @@ class AdapterSettings(TrainSettings):
     )
 
 
-def load_peft() -> Any:
-    """The package, with bitsandbytes, which it imports, kept from telling what it lacks for speed."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return need("lora", "peft")
-
-
 def check_adapter(settings: AdapterSettings) -> None:
     """`InputError` for an adapter that can't be, whatever the model."""
     if settings.rank < 1:
@@ -85,7 +78,7 @@ def new_adapter(model: Any, settings: AdapterSettings, base_name: str, begin: Pa
 
     ``base_name`` goes into adapter_config.json: what peft opens the base by.
     """
-    peft = load_peft()
+    peft = need("lora", "peft")
     check_adapter(settings)
     config = peft.LoraConfig(
         r=settings.rank,

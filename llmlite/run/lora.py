@@ -21,7 +21,6 @@ from llmlite.adapt.lora import (
     AdapterSettings,
     AdapterTask,
     check_adapter,
-    load_peft,
     new_adapter,
     packing_holds,
     refuse_other_head,
@@ -42,6 +41,7 @@ from llmlite.checkpoint.checkpoint import locate, read_config
 from llmlite.checkpoint.families import family_of
 from llmlite.errors import InputError, WriteError, first_line
 from llmlite.evals.hf import load_tokenizer
+from llmlite.extras import need
 from llmlite.formats.adapter_base import ADAPTER, ERROR_ADAPTER, weights_sha256
 from llmlite.formats.gguf.lora import GGUF_LORA, write_gguf_lora
 from llmlite.formats.peft import read_adapter
@@ -221,7 +221,7 @@ def check_init(settings: LoraSettings) -> None:
 
 def check_lora(settings: LoraSettings) -> None:
     """`InputError` for settings that can't be followed, whatever the model."""
-    load_peft()
+    need("lora", "peft")
     check_training(settings)
     check_adapter(settings)
     check_init(settings)

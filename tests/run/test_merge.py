@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -243,3 +245,8 @@ def test_an_adapter_trained_on_an_artifact_fits_what_the_artifact_was_made_from(
     edit_config(stranger, rope_theta=5e5)
     with pytest.raises(InputError, match=r"another model by its config\.json"):
         merge(stranger, adapter, tmp_path / "three", PLAIN)
+
+
+def test_packages_that_peft_imports_keep_to_themselves_what_they_lack(base, adapter, tmp_path):
+    command = [sys.executable, "-m", "llmlite.cli", "merge", base, adapter, "-o", tmp_path / "out"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == ""
