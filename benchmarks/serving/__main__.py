@@ -29,11 +29,12 @@ def main() -> int:
     parser.add_argument("--questions", type=Path, required=True, help="folder of FastChat's questions")
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, default=3, help="times that each pair of servers is compared")
+    parser.add_argument("--streams", type=int, nargs="+", default=Setup.streams, help="throughput: requests at a time")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tools", type=Path, default=FOLDER, help="where llama-server is, or is to be built")
     parser.add_argument("--out", type=Path, default=Path("build/serving"))
     args = parser.parse_args()
-    setup = Setup(args.model.resolve(), tools(args.tools), args.threads)
+    setup = Setup(args.model.resolve(), tools(args.tools), args.threads, streams=tuple(args.streams))
     texts = Texts(args.questions)
     about = {
         "model": args.model.name,

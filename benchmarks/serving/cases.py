@@ -18,12 +18,14 @@ from benchmarks.serving.texts import Texts, chat
 
 NAMES = ("llmlite", "llama-server")
 TOKENS = 96
+LOAD, LEAST = 6, 16
+"""Requests of each stream and of all: of fewer, the seconds in which the last ones run alone decide."""
 
 
 def throughput(setup: Setup, texts: Texts, rounds: int) -> list[dict]:
-    """Output tokens per second and time to first token at 1, 4, 8 and 16 streams, the two servers in turns."""
+    """Output tokens per second and time to first token at each number of streams, the two servers in turns."""
     rows = []
-    for at_once in (1, 4, 8, 16):
+    for at_once in setup.streams:
         found: dict[str, list[tuple[float, float]]] = {name: [] for name in NAMES}
         for number in range(rounds):
             for name in NAMES if number % 2 == 0 else NAMES[::-1]:
@@ -43,7 +45,7 @@ def throughput(setup: Setup, texts: Texts, rounds: int) -> list[dict]:
 
 def _load(server: Server, texts: Texts, at_once: int, seed: int) -> tuple[float, float]:
     asyncio.run(streams(server.port, texts.short(2, 8, seed=99), 2))
-    bodies = texts.short(max(4, 2 * at_once), TOKENS, seed)
+    bodies = texts.short(max(LEAST, LOAD * at_once), TOKENS, seed)
     begun = time.perf_counter()
     replies = asyncio.run(streams(server.port, bodies, at_once))
     seconds = time.perf_counter() - begun

@@ -18,7 +18,10 @@ READY = 120.0
 
 @dataclass(frozen=True)
 class Setup:
-    """``slots`` sequences at once, each of up to ``context`` tokens; ``cells`` None: room for all of them at once."""
+    """``slots`` sequences at once, each of up to ``context`` tokens; ``cells`` None: room for all of them at once.
+
+    ``streams``: at how many at once throughput is measured.
+    """
 
     model: Path
     tools: Path
@@ -27,6 +30,7 @@ class Setup:
     context: int = 2048
     cells: int | None = None
     more: tuple[str, ...] = ()
+    streams: tuple[int, ...] = (1, 4, 8, 16)
 
 
 @dataclass(frozen=True)
