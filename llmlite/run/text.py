@@ -87,5 +87,5 @@ def _text_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: int, ro
         corpora = default_corpora(chat=tokenizer.chat_template is not None)
     rows = token_rows(corpora, tokenizer, tokens, row_length, seed)
     if rows.ids.size < tokens - row_length:
-        note(f"the calibration text has {rows.ids.size:,} tokens in whole rows, {tokens:,} were asked for")
+        note(f"the text has {rows.ids.size:,} tokens in whole rows; up to {tokens:,} would be used")
     return rows
