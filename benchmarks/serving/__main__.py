@@ -41,7 +41,8 @@ def main() -> int:
         "llama.cpp": f"as in llama-cpp-python {VERSION}",
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "date": date.today().isoformat(),
-        "command": f"python -m benchmarks.serving --only {' '.join(args.only)} --rounds {args.rounds}",
+        "command": f"python -m benchmarks.serving --only {' '.join(args.only)} --rounds {args.rounds} "
+        f"--streams {' '.join(map(str, args.streams))}",
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     found: dict = {}

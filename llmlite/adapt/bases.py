@@ -80,11 +80,11 @@ def _by_transformers(
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     more: dict[str, Any] = {"quantization_config": _rounding(on_the_fly, dtype)} if on_the_fly else {}
-    # bitsandbytes would go to a GPU by itself, where there is one
-    more["device_map"] = {"": "cpu" if device == "cpu" else torch.cuda.current_device()}
+    where = "cpu" if device == "cpu" else torch.cuda.current_device()  # bitsandbytes would go to a GPU by itself
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **more
-    )
+        directory, dtype=dtype, device_map={"": where}, use_safetensors=True, trust_remote_code=False,
+        output_loading_info=True, **more,
+    )  # fmt: skip
     model, report = loaded
     if report["missing_keys"]:
         names = sorted(report["missing_keys"])
