@@ -6,6 +6,8 @@ import ctypes
 import gc
 import platform
 
+import psutil
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 THRESHOLD = 4 * 2**20
 KEPT = 256 * 2**20
@@ -37,3 +39,13 @@ def give_freed_memory_back() -> None:
     gc.collect()
     if libc := _glibc():
         libc.malloc_trim(0)
+
+
+def free_memory(device: str) -> int:
+    """Bytes free now, of the processor's memory, or of the GPU's for a device "cuda" or "cuda:N"."""
+    if not device.startswith("cuda"):
+        return psutil.virtual_memory().available
+    import torch  # not before it is needed: it takes a second
+
+    free: int = torch.cuda.mem_get_info(device)[0]
+    return free

@@ -5,10 +5,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from benchmarks.adaptation.setup import Setup, apart, float32_engine, llama_engine
-from llmlite.adapt.repair import RepairSettings, repair
+import numpy as np
+
+from benchmarks.adaptation.setup import LENGTH, Setup, apart, float32_engine, llama_engine
+from llmlite.adapt.repair import RepairSettings, repair, rows_wanted
 from llmlite.adapt.stored import open_stored
-from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import GGUF_FILE
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.evals.engines import Engine
@@ -17,7 +18,7 @@ from llmlite.plan.plan import stored_dtype
 from llmlite.plan.target import parse_target
 from llmlite.plan.types import type_table
 from llmlite.run.quantize import QuantizeSettings, quantize
-from llmlite.run.text import calibration_rows
+from llmlite.run.text import calibration_rows, other_rows
 
 BAR = 0.85
 TARGETS = ("gptq:w3g64", "gguf:q3_k_m")
@@ -25,17 +26,18 @@ TOKENS = 32768
 
 
 def run(setup: Setup) -> dict:
-    """KL to the base on WikiText-2's test part, before and after; the packaged text trains."""
+    """KL to the base on WikiText-2's test part; rows of the packaged text that no rounding saw train."""
     checkpoint, reference = open_checkpoint(setup.base), float32_engine(setup.base)
     rows = setup.rows(reference.tokenizer)
-    text = calibration_rows(checkpoint, (), TOKENS, 512, 0)
+    taken, settings = calibration_rows(checkpoint, (), TOKENS, LENGTH, 0), RepairSettings()
+    text = other_rows(checkpoint, (), taken, rows_wanted(settings) * LENGTH, 0).ids
     table, shares = [], []
     for target in TARGETS:
         plain = rounded(setup, target)
         out = plain.with_name(f"{plain.name}-repaired")
         told = None
         if not out.is_dir():
-            told = _repaired(checkpoint, plain, out, target, text)
+            told = _repaired(checkpoint, plain, out, target, text, settings)
         found = {
             name: apart(reference, engine_of(setup, folder), rows, f"{target}, {name}")
             for name, folder in (("feedback", plain), ("repaired", out))
@@ -64,13 +66,15 @@ def engine_of(setup: Setup, folder: Path) -> Engine:
     return float32_engine(setup.base, open_dequantized(folder))
 
 
-def _repaired(checkpoint: Checkpoint, plain: Path, out: Path, target: str, text: Rows) -> float:
+def _repaired(
+    checkpoint: Checkpoint, plain: Path, out: Path, target: str, text: np.ndarray, settings: RepairSettings
+) -> float:
     new = out.with_name(f".{out.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(plain, new)
     parsed = parse_target(target)
     stored = open_stored(checkpoint, new, type_table(parsed, stored_dtype(checkpoint, parsed), False))
-    told = repair(checkpoint, stored, text, RepairSettings(), new)
+    told = repair(checkpoint, stored, text, settings, new)
     new.rename(out)
     return told.seconds
 

@@ -58,7 +58,8 @@ def _multiples(factor: torch.Tensor, codes: torch.Tensor | None) -> torch.Tensor
 
 
 class RoundedLinear(torch.nn.Module):
-    """A linear layer [out, in] with fixed codes; its factors are trained by relative changes.
+    """A linear layer [out, in] with fixed codes, whose products are in ``dtype``; its factors are trained by relative
+    changes.
 
     In memory lie the codes' steps [out, in], groups beside each other (whole numbers but for a codebook of others),
     and not the weight, which each pass makes anew.
@@ -70,9 +71,11 @@ class RoundedLinear(torch.nn.Module):
     scale_codes: torch.Tensor | None
     offset_codes: torch.Tensor | None
     order: torch.Tensor | None
+    bias: torch.Tensor | None
 
-    def __init__(self, rounded: Rounded):
+    def __init__(self, rounded: Rounded, dtype: torch.dtype):
         super().__init__()
+        self.dtype = dtype
         ranges, grid = rounded.ranges, rounded.grid
         self._rounded = rounded  # what the file holds beside what is trained
         order = None if rounded.group_index is None else rounded.group_index.argsort(stable=True)
@@ -113,9 +116,14 @@ class RoundedLinear(torch.nn.Module):
         return with_factors(self._rounded, scale, offset)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x float [..., in] -> [..., out]."""
-        y = _Product.apply(self.ordered(x), *self.ranges(), self.steps)
-        return y if self.bias is None else y + self.bias
+        """x float [..., in] -> [..., out] in ``dtype``."""
+        y = self.product(self.ordered(x).to(self.dtype), *self.ranges())
+        return y if self.bias is None else y + self.bias.to(self.dtype)
+
+    def product(self, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+        """x [..., in], channels ordered, times the weight; ``scale`` and ``offset`` as `ranges` gives them."""
+        y: torch.Tensor = _Product.apply(x, scale, offset, self.steps)
+        return y
 
     def ordered(self, x: torch.Tensor) -> torch.Tensor:
         """The input channels in the order of the steps."""
@@ -125,8 +133,7 @@ class RoundedLinear(torch.nn.Module):
 class TrainedLinear(RoundedLinear):
     """A linear layer whose codes are trained too: ``latent`` float32 [out, in], the steps before they are rounded.
 
-    `prepare` makes the weight of the passes that follow, once for all of them, in ``dtype``. ValueError for codes of a
-    codebook.
+    `prepare` makes the weight of the passes that follow, once for all of them. ValueError for codes of a codebook.
     """
 
     low: torch.Tensor
@@ -136,13 +143,13 @@ class TrainedLinear(RoundedLinear):
         """``weight`` [out, in]: what was rounded. The latent begins there, or as near as is rounded to the code that
         it got, so that a code is left the sooner the worse it fits.
         """
-        super().__init__(rounded)
+        super().__init__(rounded, dtype)
         if rounded.grid.codebook is not None:
             raise ValueError("the codes of a codebook are not evenly spaced")
         low, high = _limits(rounded)
         self.register_buffer("low", low)
         self.register_buffer("high", high)
-        self.dtype, self._weight = dtype, torch.empty(0)
+        self._weight = torch.empty(0)
         with torch.no_grad():
             scale, offset = self.ranges()
         groups = self.ordered(weight.float()).view(*scale.shape, -1)
@@ -184,11 +191,9 @@ class TrainedLinear(RoundedLinear):
         put[:, self.order.cpu()] = codes
         return replace(kept, codes=put)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x float [..., in] -> [..., out] in ``dtype``."""
-        scale, offset = self.ranges()
-        y = _ThroughRounding.apply(self.ordered(x).to(self.dtype), self.latent, scale, offset, self._weight, self.steps)
-        return y if self.bias is None else y + self.bias.to(self.dtype)
+    def product(self, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = _ThroughRounding.apply(x, self.latent, scale, offset, self._weight, self.steps)
+        return y
 
 
 def _limits(rounded: Rounded) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,14 +222,14 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None, steps: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(x, scale, offset, steps)
-        return x @ weight_of(steps, scale, offset).T
+        return x @ weight_of(steps, scale, offset).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, scale, offset, steps = ctx.saved_tensors
         (out,) = gradients
-        to_x = out @ weight_of(steps, scale, offset) if ctx.needs_input_grad[0] else None
-        slope = (out.flatten(0, -2).T @ x.flatten(0, -2)).view(*scale.shape, -1)
+        to_x = out @ weight_of(steps, scale, offset).to(out.dtype) if ctx.needs_input_grad[0] else None
+        slope = (out.flatten(0, -2).T @ x.flatten(0, -2)).float().view(*scale.shape, -1)
         to_offset = None if offset is None else slope.sum(-1)
         return to_x, slope.mul_(steps.view_as(slope)).sum(-1), to_offset, None
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from torch.utils.checkpoint import checkpoint as recomputed
 
@@ -20,6 +19,7 @@ from llmlite.adapt.losses import soft_capped
 from llmlite.adapt.training import TrainSettings
 from llmlite.errors import InputError
 from llmlite.extras import need
+from llmlite.memory import free_memory
 
 Kind = Literal["lora", "dora", "rslora"]
 LOGIT_ROWS = 256  # positions whose logits over the vocabulary are held at a time
@@ -202,8 +202,7 @@ def activation_bytes(config: Any, tokens: int) -> int:
 def set_checkpointing(adapted: Any, wanted: str, tokens: int) -> bool:
     """Switch gradient checkpointing on where wanted; "auto": where activations would take half the free memory."""
     if wanted == "auto":
-        device = adapted.device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = free_memory(str(adapted.device))
         wanted = "on" if activation_bytes(adapted.config, tokens) > ROOM * free else "off"
     if wanted == "on":
         with warnings.catch_warnings():

@@ -9,57 +9,50 @@ rounded afterwards.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from accelerate import PartialState
 
-from llmlite.adapt.losses import divergence, head_sum, positions_held, soft_capped
+from llmlite.adapt.artifact_task import TAUGHT, ArtifactSettings, ArtifactTask, activations_fit
+from llmlite.adapt.losses import positions_held
 from llmlite.adapt.stored import Stored, refusal
 from llmlite.adapt.student import Student
-from llmlite.adapt.targets import keep_on_disk, kept_targets
-from llmlite.adapt.teacher import Teacher, held_rows, trained_rows
-from llmlite.adapt.training import Trained, TrainSettings, check_training, computing_dtype, train
+from llmlite.adapt.targets import keep_on_disk
+from llmlite.adapt.training import Trained, check_training, computing_dtype, train
 from llmlite.calibrate.moments import HELD_EVERY
-from llmlite.checkpoint.artifact import TRAINING
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import EMBEDDING, HEAD, LAYER
 from llmlite.errors import InputError
 from llmlite.formats.gguf import types as gguf
+from llmlite.memory import free_memory
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
 
 EXPERIMENTAL = "2 bits by training through the rounding are experimental: measure before use"
-SMALLEST_SLOPE = 1e-12  # one code's share of the slope is far below Adam's default
-TAUGHT = f"{TRAINING}taught"  # the folder of the base's predictions
-KEPT = 0.3  # share of the free memory that activations may take; beyond it they are computed twice
 
 
 @dataclass(frozen=True)
-class QatSettings(TrainSettings):
-    """How to train codes.
-
-    ``rate`` is in codes per step; ``scale_rate`` and ``norm_rate``, multiples of it, are relative changes.
-    ``held_rows``: rows that judge, at most.
-    """
+class QatSettings(ArtifactSettings):
+    """How to train codes, scales and norms."""
 
     steps: int = field(default=96, metadata={"help": "steps of the optimizer"})
     # 0.005 turns the codes back that feedback chose against the weight: SmolLM2 at 3 bits went from 0.34 to 1.59 nats
     rate: float = field(default=0.0007, metadata={"help": "how far a code may move in a step, at its highest"})
-    batch_rows: int = field(default=2, metadata={"help": "rows of the data in one forward pass"})
     judge_every: int = field(default=32, metadata={"help": "steps between two looks at the held-out rows"})
     save_every: int = field(default=32, metadata={"help": "steps after which the state for --resume is written"})
-    scale_rate: float = 0.4
-    norm_rate: float = 0.4
-    held_rows: int = 8
+    scale_rate: float = 1.5
+    norm_rate: float = 1.5
 
 
 def check_qat(
-    checkpoint: Checkpoint, types: GgufTypes | SafetensorsTypes, ids: np.ndarray, settings: QatSettings
+    checkpoint: Checkpoint,
+    types: GgufTypes | SafetensorsTypes,
+    ids: np.ndarray,
+    settings: QatSettings,
+    device: str = "cpu",
 ) -> tuple[str, ...]:
     """`InputError` for what can't be trained, before any work; sentences that belong in the manifest.
 
@@ -78,11 +71,11 @@ def check_qat(
             f"the training text has {len(ids)} rows, and at least {HELD_EVERY} are right: every {HELD_EVERY}th judges "
             "what the others train"
         )
-    needed, free = memory_needed(checkpoint), psutil.virtual_memory().available
+    needed, free = memory_needed(checkpoint), free_memory(device)
     if needed > free:
         raise InputError(
             f"training through the rounding holds the whole model with AdamW's moments, about {needed / 2**20:,.0f} "
-            f"MiB, and the machine has {free / 2**20:,.0f} MiB free; quantize --repair needs far less"
+            f"MiB, and {free / 2**20:,.0f} MiB are free; quantize --repair needs far less"
         )
     return (EXPERIMENTAL,) if any(grid.bits == 2 for grid in grids.values()) else ()
 
@@ -129,69 +122,10 @@ def qat(
     dtype = computing_dtype(settings.dtype, torch.device(device))
     with PartialState().main_process_first():  # the others take what the first one wrote
         teacher = keep_on_disk(checkpoint, ids, folder / TAUGHT, device, dtype)
-    recompute = not _activations_fit(checkpoint, settings.batch_rows * ids.shape[1])
-    student = Student(checkpoint, stored, device, dtype, recompute)
-    task = QatTask(student, ids, teacher, held_rows(len(ids), settings.held_rows), settings)
+    recompute = not activations_fit(checkpoint, settings.batch_rows * ids.shape[1], device)
+    student = Student(checkpoint, stored, device, dtype, codes=True, recompute=recompute)
+    task = ArtifactTask(student, ids, teacher, settings)
     trained = train(task, settings, folder, "training codes")
     if trained.best_step and PartialState().is_main_process:
         stored.rewrite(student.values())
     return trained
-
-
-def _activations_fit(checkpoint: Checkpoint, tokens: int) -> bool:
-    """Whether those of all layers may be kept for the backward pass."""
-    wide = sum(
-        e.shape[0] for name, e in checkpoint.tensors.items() if name.startswith(f"{LAYER}0.") and len(e.shape) > 1
-    )
-    needed = 4 * tokens * checkpoint.num_layers * (3 * wide + 6 * checkpoint.config["hidden_size"])
-    return needed < KEPT * psutil.virtual_memory().available
-
-
-class QatTask:
-    """What `train` trains: every real number of the artifact, and its codes.
-
-    ``ids`` int64 [rows, length] is the text, ``teacher`` what the base predicts on it; ``held``: the rows that judge.
-    """
-
-    def __init__(self, student: Student, ids: np.ndarray, teacher: Teacher, held: Sequence[int], settings: QatSettings):
-        self.student, self.teacher, self.settings = student, teacher, settings
-        self.dtype = computing_dtype(settings.dtype, torch.device(student.device))
-        self.head = student.head.to(self.dtype)
-        self._ids, self._held = torch.from_numpy(ids), list(held)
-        self._trained = trained_rows(len(ids))
-
-    @property
-    def rows(self) -> int:
-        return len(self._trained)
-
-    def parameters(self) -> Mapping[str, torch.nn.Parameter]:
-        return {**self.student.latents(), **self.student.factor_changes(), **self.student.vector_changes()}
-
-    def groups(self) -> list[dict[str, Any]]:
-        student, settings = self.student, self.settings
-        parts = (
-            (student.latents(), 1.0),
-            (student.factor_changes(), settings.scale_rate),
-            (student.vector_changes(), settings.norm_rate),
-        )
-        return [{"params": [*part.values()], "rate": rate, "eps": SMALLEST_SLOPE} for part, rate in parts if part]
-
-    def loss(self, rows: Sequence[int]) -> torch.Tensor:
-        self.student.prepare()
-        return self._divergence([self._trained[row] for row in rows])
-
-    @torch.no_grad()
-    def judge(self) -> float:
-        self.student.prepare()
-        return sum(self._divergence([row]).item() for row in self._held) / len(self._held)
-
-    def _divergence(self, rows: list[int]) -> torch.Tensor:
-        """Mean KL(base || student) in nats over the positions of the rows."""
-        hidden = self.student.hidden(self._ids[rows]).flatten(0, 1)
-        target = kept_targets(self.teacher, rows, 1.0, self.student.device)
-
-        def measure(logits: torch.Tensor, part: slice) -> torch.Tensor:
-            known, found = target.compare(soft_capped(logits, self.student.checkpoint.config), part)
-            return divergence(known, found, "kl").sum() / len(hidden)
-
-        return head_sum(hidden, self.head, measure)

@@ -1,60 +1,50 @@
 """Tune what is real in an artifact of rounded weights on the base's predictions, at the same bytes and types.
 
-Codes, whole-number scales, embedding and head stay; norms, biases, scales and minimums are trained with Adam on
-KL(base || artifact), as the second phase of EfficientQAT (Chen et al. 2024, section 3.3) trains step sizes. Rows that
-are not trained on judge: the artifact stays as it was unless they say that the new one, rounded and read back, is
-nearer.
+Codes, whole-number scales, embedding and head stay; norms, biases, scales and minimums are trained on KL(base ||
+artifact), as the second phase of EfficientQAT (Chen et al. 2024, section 3.3) trains step sizes. Rows that are not
+trained on judge: the artifact stays as it was unless they say that the new one, rounded and read back, is nearer.
 """
 
 from __future__ import annotations
 
 import math
+import shutil
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
-from llmlite.adapt.stored import Stored, Value, put_in_place, refusal, rewritten
+from llmlite.adapt.artifact_task import TAUGHT, ArtifactSettings, ArtifactTask, activations_fit
+from llmlite.adapt.losses import positions_held
+from llmlite.adapt.stored import Stored, put_in_place, refusal, rewritten
 from llmlite.adapt.student import Student
-from llmlite.adapt.teacher import (
-    LOGIT_ROWS,
-    Teacher,
-    disk_needed,
-    divergence,
-    held_rows,
-    logits_of,
-    teach,
-    trained_rows,
-)
+from llmlite.adapt.targets import TOP, keep_on_disk
+from llmlite.adapt.teacher import Teacher, disk_needed
+from llmlite.adapt.training import computing_dtype, train
+from llmlite.adapt.training_state import COPIES
 from llmlite.calibrate.moments import HELD_EVERY
-from llmlite.calibrate.rows import Rows
-from llmlite.checkpoint.artifact import JOURNAL
+from llmlite.checkpoint.artifact import JOURNAL, TRAINING
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import EMBEDDING, HEAD, LAYER
 from llmlite.errors import InputError
-from llmlite.memory import give_freed_memory_back
+from llmlite.memory import free_memory, give_freed_memory_back
 from llmlite.plan.types import GgufTypes, SafetensorsTypes
-from llmlite.progress import track
+
+WORK = f"{TRAINING}repair"  # the folder of the training's state
+SMALLEST_GROUP = 16  # weights that share a real scale, at least
 
 
 @dataclass(frozen=True)
-class RepairSettings:
-    """How long and how fast to train. The rates are relative changes per step at the start; they fall as a cosine."""
+class RepairSettings(ArtifactSettings):
+    """How long and how fast to train norms and scales. ``rate`` is a relative change per step."""
 
-    steps: int = field(default=64, metadata={"help": "steps of repair at most"})
-    batch_rows: int = 2
-    norm_rate: float = 1e-3
-    scale_rate: float = 1e-3
-    top: int = 512
-    judge_every: int = 8
-    patience: int = 3
+    steps: int = field(default=128, metadata={"help": "steps of repair at most"})
+    rate: float = 1e-3
+    judge_every: int = 16
+    save_every: int = 16
     held_rows: int = 16
-    seed: int = 0
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -74,7 +64,11 @@ class Repaired:
 
 
 def check_repair(
-    checkpoint: Checkpoint, types: GgufTypes | SafetensorsTypes, ids: np.ndarray, settings: RepairSettings
+    checkpoint: Checkpoint,
+    types: GgufTypes | SafetensorsTypes,
+    ids: np.ndarray,
+    settings: RepairSettings,
+    device: str = "cpu",
 ) -> None:
     """`InputError` for what `repair` can't do, before any work: ``ids`` int64 [rows, length] is the text."""
     reason = None if isinstance(types, GgufTypes) else refusal(types)
@@ -87,149 +81,101 @@ def check_repair(
             f"--repair: the calibration text has {len(ids)} rows, and at least {HELD_EVERY} are right: every "
             f"{HELD_EVERY}th judges what the others train"
         )
-    needed, free = memory_needed(checkpoint, ids.shape[1]), psutil.virtual_memory().available
+    needed, free = memory_needed(checkpoint, settings.batch_rows * ids.shape[1]), free_memory(device)
     if needed > free:
         raise InputError(
             f"--repair: the whole model is trained at once, which needs about {needed / 2**20:,.0f} MiB of memory, and "
-            f"the machine has {free / 2**20:,.0f} MiB free; leave it out"
+            f"{free / 2**20:,.0f} MiB are free; leave it out"
         )
 
 
-def memory_needed(checkpoint: Checkpoint, length: int) -> int:
-    """Bytes that `repair` takes at the peak for rows of ``length`` tokens, about."""
+def memory_needed(checkpoint: Checkpoint, tokens: int) -> int:
+    """Bytes that `repair` takes at the peak for batches of so many tokens, with activations made twice, about."""
     sizes = {name: math.prod(entry.shape) for name, entry in checkpoint.tensors.items()}
     linears = {name: size for name, size in sizes.items() if name.startswith(LAYER) and "_proj." in name}
     outer = sizes[EMBEDDING] + (0 if checkpoint.tied else sizes[HEAD])
-    weights = 3 * sum(linears.values()) + 4 * outer  # code, step, an eighth of: factor, change, slope, Adam's two, best
+    # Code, step, and of each group in float32: factor, change, slope, Adam's two, best. The head in a dtype of its own.
+    weights = 2 * sum(linears.values()) + 4 * 6 * _trained(checkpoint) + 8 * outer
     wide = sum(checkpoint.tensors[name].shape[0] for name in linears if name.startswith(f"{LAYER}0."))
     hidden, vocabulary = checkpoint.config["hidden_size"], checkpoint.config["vocab_size"]
-    activations = 4 * length * (hidden * (checkpoint.num_layers + 16) + 4 * wide)
-    logits = 4 * 10 * LOGIT_ROWS * vocabulary
+    activations = 4 * tokens * (hidden * (checkpoint.num_layers + 16) + 4 * wide)
+    logits = 4 * 5 * positions_held(vocabulary) * vocabulary
     return (weights + activations + logits + 4 * 4 * max(linears.values())) * 3 // 2  # the heap holds some back
 
 
-def repair(checkpoint: Checkpoint, stored: Stored, rows: Rows, settings: RepairSettings, scratch: Path) -> Repaired:
+def _trained(checkpoint: Checkpoint) -> int:
+    """Real numbers that are trained, at most: what is not a group's is far less."""
+    sizes = [math.prod(e.shape) for name, e in checkpoint.tensors.items() if name.startswith(LAYER)]
+    return sum(sizes) // SMALLEST_GROUP
+
+
+def repair(
+    checkpoint: Checkpoint,
+    stored: Stored,
+    ids: np.ndarray,
+    settings: RepairSettings,
+    scratch: Path,
+    device: str = "cpu",
+) -> Repaired:
     """Tune ``stored``, the weights of an artifact of ``checkpoint``, in place: each file is replaced in one step by one
     of the same layout.
 
-    ``rows`` is the calibration text, every eighth row held out; in the folder ``scratch`` the base's predictions are
-    kept meanwhile. The artifact is never worse on the held-out rows than it was. `InputError` as `check_repair` says.
+    ``ids`` int64 [rows, length] is the text, every eighth row held out. It should be none that codes were fitted to: on
+    that the artifact is far nearer to its base than elsewhere, and there is little to learn. In the folder ``scratch``
+    the base's predictions and the training's state are kept meanwhile, and what a killed run left there is gone on
+    with. The artifact is never worse on the held-out rows than it was, judged in float32. Raises as `check_repair` and
+    `train` do.
     """
     start = time.monotonic()
-    trained, held = _chosen(len(rows.ids), settings)
-    used = sorted({*trained, *held})
-    ids = rows.ids[used]
-    place = {row: number for number, row in enumerate(used)}
-    teacher = teach(checkpoint, ids, scratch, settings.top, settings.device)
+    ids, folder, dtype = _enough(ids, settings), scratch / WORK, computing_dtype("auto", torch.device(device))
+    folder.mkdir(exist_ok=True)
+    teacher = keep_on_disk(checkpoint, ids, folder / TAUGHT, device, dtype)
+    before = _judged(checkpoint, stored, ids, teacher, settings, device)
+    recompute = not activations_fit(checkpoint, settings.batch_rows * ids.shape[1], device)
+    student = Student(checkpoint, stored, device, dtype, recompute=recompute)
+    trained = train(ArtifactTask(student, ids, teacher, settings), settings, folder, "repair")
+    values = student.values() if trained.best_step else None
+    del student
+    give_freed_memory_back()
     try:
-        run = _Run(checkpoint, ids, teacher, [place[row] for row in held], settings)
-        before, steps, best = run.train(stored, [place[row] for row in trained])
         after = before
-        if best is not None:
-            after = run.judged(Student(checkpoint, stored.rewrite(best.values), settings.device))
-        if best is None or not after < before:
-            note = f"repair: {steps} steps made the artifact no nearer to its base on held-out text, so it is as it was"
-            return Repaired(before, before, steps, 0, round(time.monotonic() - start, 1), note)
-        (scratch / JOURNAL).unlink(missing_ok=True)  # its layers are no longer what the files hold: no run goes on here
-        put_in_place(stored)
-        return Repaired(before, after, steps, best.step, round(time.monotonic() - start, 1))
+        if values is not None:
+            after = _judged(checkpoint, stored.rewrite(values), ids, teacher, settings, device)
+        nearer = after < before
+        if nearer:
+            (scratch / JOURNAL).unlink(missing_ok=True)  # its layers are no longer what the files hold: no run goes on
+            put_in_place(stored)
     finally:
         for file in stored.files:
             rewritten(file).unlink(missing_ok=True)
-        teacher.remove()
+    shutil.rmtree(folder)
+    seconds = round(time.monotonic() - start, 1)
+    if nearer:
+        return Repaired(before, after, trained.steps, trained.best_step, seconds)
+    note = f"repair: {trained.steps} steps made the artifact no nearer to its base on held-out text, so it is as it was"
+    return Repaired(before, before, trained.steps, 0, seconds, note)
 
 
 def repair_scratch(checkpoint: Checkpoint, ids: np.ndarray, settings: RepairSettings) -> int:
-    """Bytes on disk that the base's predictions take while `repair` runs, beside a second copy of the weights."""
-    trained, held = _chosen(len(ids), settings)
-    rows = len({*trained, *held})
-    return disk_needed(rows, ids.shape[1], settings.top, checkpoint.config["hidden_size"])
+    """Bytes on disk that `repair` takes while it runs, beside a second copy of the weights."""
+    rows, length = _enough(ids, settings).shape
+    return disk_needed(rows, length, TOP, checkpoint.config["hidden_size"]) + 4 * COPIES * _trained(checkpoint)
 
 
-def _chosen(rows: int, settings: RepairSettings) -> tuple[list[int], list[int]]:
-    """The row of each place in each step's batch, and the rows that judge, spread over the text."""
-    others = trained_rows(rows)
-    chance, wanted = np.random.default_rng(settings.seed), settings.steps * settings.batch_rows
-    epochs = [chance.permutation(others) for _ in range(-(-wanted // len(others)))]
-    return np.concatenate(epochs)[:wanted].tolist(), held_rows(rows, settings.held_rows)
+def rows_wanted(settings: RepairSettings) -> int:
+    """Rows of text that are enough for all steps and their judges."""
+    taken = settings.steps * settings.batch_rows * settings.accumulate
+    return max(-(-taken * HELD_EVERY // (HELD_EVERY - 1)), settings.held_rows * HELD_EVERY)
 
 
-@dataclass(frozen=True)
-class _Best:
-    step: int
-    values: dict[str, Value]
+def _enough(ids: np.ndarray, settings: RepairSettings) -> np.ndarray:
+    """As many of the rows as the steps take and their judges, spread over the text."""
+    wanted = rows_wanted(settings)
+    return ids if len(ids) <= wanted else ids[np.linspace(0, len(ids) - 1, wanted).round().astype(int)]
 
 
-class _Run:
-    """Trains and judges students on the same rows ``ids`` of text, ``held`` their numbers that judge."""
-
-    def __init__(
-        self, checkpoint: Checkpoint, ids: np.ndarray, teacher: Teacher, held: list[int], settings: RepairSettings
-    ):
-        self.checkpoint, self.teacher, self.held, self.settings = checkpoint, teacher, held, settings
-        self.ids = torch.from_numpy(ids)
-
-    def train(self, stored: Stored, order: list[int]) -> tuple[float, int, _Best | None]:
-        """The held-out divergence as stored, the steps made, and the best values if any are better than those stored.
-
-        ``order``: the rows of the batches, one behind the other.
-        """
-        settings = self.settings
-        student = Student(self.checkpoint, stored, settings.device)
-        before = least = self.judged(student)
-        best, since = None, 0
-        optimizer = torch.optim.Adam(
-            [
-                {"params": list(student.vector_changes().values()), "lr": settings.norm_rate},
-                {"params": list(student.factor_changes().values()), "lr": settings.scale_rate},
-            ],
-            betas=(0.9, 0.95),
-            eps=1e-12,  # one group's share of the slope is far below Adam's default
-        )
-        fall = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(settings.steps))
-        for step in track(range(1, settings.steps + 1), "repair"):
-            for row in order[(step - 1) * settings.batch_rows : step * settings.batch_rows]:
-                self._backward(student, row)
-            optimizer.step()
-            optimizer.zero_grad()
-            fall.step()
-            if step % settings.judge_every and step < settings.steps:
-                continue
-            now = self.judged(student)
-            if now < least:
-                least, best, since = now, _Best(step, student.values()), 0
-            else:
-                since += 1
-            if since == settings.patience:
-                break
-        del student, optimizer
-        give_freed_memory_back()
-        return before, step, best
-
-    @torch.no_grad()
-    def judged(self, student: Student) -> float:
-        """The mean divergence in nats per token over the held-out rows."""
-        total = 0.0
-        for row in self.held:
-            hidden = student.hidden(self.ids[row : row + 1])[0]
-            total += sum(float(kl.sum(dtype=torch.float64)) for kl in self._divergences(student, hidden, row))
-        return total / (len(self.held) * self.ids.shape[1])
-
-    def _backward(self, student: Student, row: int) -> None:
-        """Add one row's share of a batch to the slopes; the logits of a few positions are held at a time."""
-        hidden = student.hidden(self.ids[row : row + 1])
-        leaf = hidden.detach().requires_grad_()
-        for kl in self._divergences(student, leaf[0], row):
-            (kl.sum() / (self.ids.shape[1] * self.settings.batch_rows)).backward()
-        hidden.backward(leaf.grad)
-
-    def _divergences(self, student: Student, hidden: torch.Tensor, row: int) -> Iterator[torch.Tensor]:
-        ids, logs = (part.to(hidden.device) for part in self.teacher.read(row))
-        for start in range(0, len(hidden), LOGIT_ROWS):
-            part = slice(start, start + LOGIT_ROWS)
-            yield divergence(logits_of(hidden[part], student.head, self.checkpoint), ids[part], logs[part])
-
-
-def _cosine(steps: int) -> Callable[[int], float]:
-    """The share of the first rate at each step: 1 at the first, 0 after the last."""
-    return lambda step: 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps))
+def _judged(
+    checkpoint: Checkpoint, stored: Stored, ids: np.ndarray, teacher: Teacher, settings: RepairSettings, device: str
+) -> float:
+    """What held-out rows say of the files, computed in float32."""
+    return ArtifactTask(Student(checkpoint, stored, device), ids, teacher, settings).judge()

@@ -53,7 +53,7 @@ class _Vector:
 class Student:
     """The transformers decoder of ``checkpoint`` with the weights of an artifact of it, float32, on ``device``.
 
-    ``codes``: the dtype of the products of linear layers whose codes are trained; None leaves the codes.
+    ``dtype``: of the products of rounded layers; ``codes``: whether their codes are trained too.
     ``recompute``: each decoder layer's activations are made again in the backward pass, and not kept. ``head`` is
     [vocabulary, hidden].
     """
@@ -63,10 +63,12 @@ class Student:
         checkpoint: Checkpoint,
         stored: Stored,
         device: str = "cpu",
-        codes: torch.dtype | None = None,
+        dtype: torch.dtype = torch.float32,
+        *,
+        codes: bool = False,
         recompute: bool = True,
     ):
-        self.checkpoint, self.device, self._codes = checkpoint, device, codes
+        self.checkpoint, self.device, self.dtype, self._codes = checkpoint, device, dtype, codes
         self.linears: dict[str, RoundedLinear] = {}
         self._vectors: dict[str, _Vector] = {}
         self._decoder = _skeleton(checkpoint)
@@ -88,10 +90,9 @@ class Student:
                 layer.forward = _recomputed(layer.forward)
 
     def _linear(self, name: str, rounded: Rounded) -> None:
-        if self._codes is None:
-            linear = RoundedLinear(rounded)
-        else:
-            linear = TrainedLinear(rounded, self.checkpoint.read(name), self._codes)
+        linear = RoundedLinear(rounded, self.dtype)
+        if self._codes:
+            linear = TrainedLinear(rounded, self.checkpoint.read(name), self.dtype)
         self.linears[name] = linear
         self._decoder.set_submodule(name.removeprefix("model.").removesuffix(".weight"), linear)
 

@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from llmlite.calibrate.fisher import Curvatures, fisher, predicted_loss
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import EMBEDDING, HEAD, LAYER
 from llmlite.errors import InputError
+from llmlite.memory import free_memory
 from llmlite.plan.budget import Option
 from llmlite.plan.correct import Corrected, CorrectionSettings, Item, Run, correct
 from llmlite.progress import note, track
@@ -174,16 +174,12 @@ def _check_memory(checkpoint: Checkpoint, settings: AllocateSettings) -> None:
     widths = [checkpoint.tensors[f"{LAYER}0.{name}.weight"].shape[1] for name in checkpoint.family.linears]
     factors = checkpoint.num_layers * sum(width**2 for width in widths)
     needed = (2 * weights + factors) * FLOAT
-    free = _free(settings.device)
+    free = free_memory(settings.device)
     if needed > free:
         raise InputError(
             f"{checkpoint.source}: choosing types takes the whole model in float32 and its curvature, "
             f"{needed / 2**30:,.1f} GiB, and {free / 2**30:,.1f} GiB are free; a preset needs less"
         )
-
-
-def _free(device: str) -> int:
-    return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info(device)[0]
 
 
 def _load(checkpoint: Checkpoint, device: str) -> Any:

@@ -37,7 +37,7 @@ from llmlite.plan.target import Target, parse_target
 from llmlite.plan.types import GgufTypes, SafetensorsTypes, type_table
 from llmlite.progress import note
 from llmlite.run.quantize import QuantizeSettings, quantize_checkpoint
-from llmlite.run.text import calibration_rows, check_row_length, opened
+from llmlite.run.text import calibration_rows, check_row_length, opened, other_rows
 from llmlite.run.training import describe_model, training_device, training_directory
 
 PICTURE = "loss.png"
@@ -142,8 +142,10 @@ def _job(teacher: Checkpoint, target: Target, settings: TrainCodesSettings, devi
     plan = make_plan(teacher, target, types)
     if settings.student is not None:
         open_stored(teacher, Path(settings.student), types)
-    rows = calibration_rows(teacher, settings.data, settings.data_tokens, settings.row_length, settings.seed)
-    notes = (*check_qat(teacher, types, rows.ids, settings), *plan.notes)
+    taken = start["settings"]["calibration_tokens"] if start else QuantizeSettings.calibration_tokens
+    fitted = calibration_rows(teacher, settings.data, taken, settings.row_length, settings.seed)
+    rows = other_rows(teacher, settings.data, fitted, settings.data_tokens, settings.seed)
+    notes = (*check_qat(teacher, types, rows.ids, settings, device), *plan.notes)
     return _Job(teacher, target, types, rows, device, notes, plan.bytes)
 
 

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from llmlite import __version__
-from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair, repair_scratch
+from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, repair, repair_scratch, rows_wanted
 from llmlite.adapt.stored import open_stored
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.artifact import (
@@ -41,7 +41,7 @@ from llmlite.run.job import BATCH_TOKENS, Job, Work
 from llmlite.run.journal import Journal, begin, describe_run, read_journal
 from llmlite.run.settings import QuantizeSettings, check
 from llmlite.run.sinks import open_sink
-from llmlite.run.text import calibration_rows, choose_device, opened
+from llmlite.run.text import calibration_rows, choose_device, opened, other_rows
 
 
 @dataclass(frozen=True)
@@ -106,15 +106,21 @@ def quantize_checkpoint(
             f"warning: {flattered:.0%} of the sampled weights of {checkpoint.source} already lie on a grid of 4 bits "
             "or fewer; figures for what is made from them flatter the rounding"
         )
-    if rows is None and ((plan.calibrated and not settings.imatrix) or settings.repair):
+    fitted = plan.calibrated and not settings.imatrix
+    if rows is None and (fitted or settings.repair):
         rows = _rows(checkpoint, settings)
-    tuning = RepairSettings(steps=settings.repair_steps, device=device)
+    tuning, text = RepairSettings(steps=settings.repair_steps, seed=settings.seed), None
     if settings.repair:
         assert rows is not None
-        check_repair(checkpoint, types, rows.ids, tuning)
+        text = rows.ids
+        if fitted:
+            wanted = rows_wanted(tuning) * settings.row_length
+            text = other_rows(checkpoint, settings.calibration, rows, wanted, settings.seed).ids
+        check_repair(checkpoint, types, text, tuning, device)
     importance = _importance(checkpoint, plan, settings)
     networks = _networks(settings, plan)
-    _check_disk(out, checkpoint, plan, rows, networks, tuning if settings.repair else None)
+    scratch = 0 if text is None else plan.bytes + repair_scratch(checkpoint, text, tuning)
+    _check_disk(out, checkpoint, plan, rows, networks, scratch)
     _tell_memory(checkpoint, plan, networks)
     journal = _journal(out, checkpoint, plan, rows, settings, device)
     with _kept_when_interrupted(out), atomic_directory(out, resume=journal.layers > 0) as directory:
@@ -124,7 +130,7 @@ def quantize_checkpoint(
             note(sentence)
         job = Job(checkpoint, plan, sink, _work(settings, device, directory, networks > 1, importance), journal)
         try:
-            calibration = rows if plan.calibrated and not settings.imatrix else None
+            calibration = rows if fitted else None
             if calibration is not None and journal.layers < checkpoint.num_layers:
                 console.print(f"time: about {_spoken(job.estimate(calibration))} for the rounding", style="dim")
             errors = job.run(calibration)
@@ -132,8 +138,9 @@ def quantize_checkpoint(
         finally:
             sink.abandon()
         repaired = None
-        if settings.repair and rows is not None:
-            repaired = repair(checkpoint, open_stored(checkpoint, directory, types), rows, tuning, directory)
+        if text is not None:
+            stored = open_stored(checkpoint, directory, types)
+            repaired = repair(checkpoint, stored, text, tuning, directory, device)
             notes += (repaired.note,) if repaired.note else ()
         done = Quantized(out, plan, errors, flattered, notes, job.seconds, chosen.allocation, repaired)
         write_manifest(directory, {**_manifest(checkpoint, done, rows, settings), **(told or {})})
@@ -235,13 +242,10 @@ def _networks(settings: QuantizeSettings, plan: Plan) -> int:
     return 2 if aimed else 1
 
 
-def _check_disk(
-    out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, networks: int, tuning: RepairSettings | None
-) -> None:
+def _check_disk(out: Path, checkpoint: Checkpoint, plan: Plan, rows: Rows | None, networks: int, after: int) -> None:
+    """``after``: bytes beside the artifact that what comes after the rounding takes, whose scratch is free again."""
     scratch = 0 if rows is None else scratch_space(checkpoint, plan, rows.ids.size, networks)
-    if rows is not None and tuning is not None:  # after the rounding, whose scratch is free again
-        scratch = max(scratch, plan.bytes + repair_scratch(checkpoint, rows.ids, tuning))
-    refuse_full_disk(out, plan.bytes, scratch)
+    refuse_full_disk(out, plan.bytes, max(scratch, after))
 
 
 def _tell_memory(checkpoint: Checkpoint, plan: Plan, networks: int) -> None:

@@ -63,7 +63,7 @@ class QuantizeSettings(RoundingSettings):
         default=False,
         metadata={"help": "then train norms, scales and minimums on the base's predictions, at the same bytes"},
     )
-    repair_steps: int = field(default=64, metadata={"help": "repair: steps of training at most"})
+    repair_steps: int = field(default=128, metadata={"help": "repair: steps of training at most"})
     imatrix: str | None = field(
         default=None, metadata={"help": "a file of llama.cpp's: --solver imatrix goes by it, and needs no text"}
     )

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from llmlite.calibrate.corpus import default_corpora, read_corpus
@@ -65,12 +66,36 @@ def calibration_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: i
     if given and len(sources) > 1:
         raise InputError(f"--calibration {given[0]}: token ids stand alone; give that file and no other")
     rows = read_ids(given[0]) if given else _text_rows(checkpoint, sources, tokens, row_length, seed)
+    if not given and rows.ids.size < tokens - row_length:
+        note(f"the text has {rows.ids.size:,} tokens in whole rows; up to {tokens:,} would be used")
     vocabulary = checkpoint.config["vocab_size"]
     if rows.ids.max() >= vocabulary:
         raise InputError(
             f"{checkpoint.source}: the calibration text has token id {rows.ids.max()}, the model {vocabulary} tokens"
         )
     return rows
+
+
+def other_rows(checkpoint: Checkpoint, sources: tuple[str, ...], rows: Rows, tokens: int, seed: int) -> Rows:
+    """About ``tokens`` tokens of the same text that are in none of ``rows``, which codes were fitted to.
+
+    ``rows``: what `calibration_rows` gave for these ``sources`` and this ``seed``. On them an artifact is far nearer to
+    its base than on any other text, so there is little to learn from them. Where the text has fewer others than half of
+    what is asked for, all of it is taken, and a note says so.
+    """
+    length = rows.ids.shape[1]
+    whole = rows
+    if not any(source.endswith(".npy") for source in sources):
+        whole = _text_rows(checkpoint, sources, rows.ids.size + tokens, length, seed)  # cut at the same places
+    known = {row.tobytes() for row in rows.ids}
+    others = [row for row in whole.ids if row.tobytes() not in known]
+    if len(others) * length * 2 >= tokens:
+        return replace(whole, ids=np.array(others))
+    note(
+        f"the text has {len(others)} rows beside the {len(rows.ids)} that the rounding is calibrated on, so training "
+        "takes these too, and gains less from them; a longer text, or fewer --calibration-tokens, is right"
+    )
+    return whole
 
 
 def _text_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: int, row_length: int, seed: int) -> Rows:
@@ -85,7 +110,4 @@ def _text_rows(checkpoint: Checkpoint, sources: tuple[str, ...], tokens: int, ro
         ) from None
     if not corpora:
         corpora = default_corpora(chat=tokenizer.chat_template is not None)
-    rows = token_rows(corpora, tokenizer, tokens, row_length, seed)
-    if rows.ids.size < tokens - row_length:
-        note(f"the text has {rows.ids.size:,} tokens in whole rows; up to {tokens:,} would be used")
-    return rows
+    return token_rows(corpora, tokenizer, tokens, row_length, seed)

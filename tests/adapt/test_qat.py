@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmlite.adapt.artifact_task import ArtifactTask
 from llmlite.adapt.linears import TrainedLinear
-from llmlite.adapt.qat import EXPERIMENTAL, QatSettings, QatTask, check_qat, qat
+from llmlite.adapt.qat import EXPERIMENTAL, QatSettings, check_qat, qat
 from llmlite.adapt.stored import put_in_place
 from llmlite.adapt.student import Student
 from llmlite.adapt.teacher import held_rows, teach
@@ -54,8 +55,8 @@ def test_training_brings_the_artifact_much_nearer_at_the_same_bytes(tmp_path, ta
     assert not [name for name in os.listdir(out) if name.startswith(".")]
     again = stored_of(checkpoint, out, target)  # what lies on the disk now, judged anew
     teacher = teach(checkpoint, TEXT, tmp_path, 256)
-    student = Student(checkpoint, again, codes=torch.float32)
-    judged = QatTask(student, TEXT, teacher, held_rows(len(TEXT), 8), FAST).judge()
+    student = Student(checkpoint, again, codes=True)
+    judged = ArtifactTask(student, TEXT, teacher, FAST).judge()
     assert judged == pytest.approx(told.after, rel=0.02)  # norms are stored in 16 bits
 
 
@@ -63,7 +64,7 @@ def test_training_brings_the_artifact_much_nearer_at_the_same_bytes(tmp_path, ta
 def test_the_trained_model_and_the_packed_one_are_the_same(tmp_path, target):
     target, _, order = target.partition(" ")
     checkpoint, _, stored = made(tmp_path, target, bool(order))
-    student = Student(checkpoint, stored, codes=torch.float32)
+    student = Student(checkpoint, stored, codes=True)
     chance = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for latent in student.latents().values():
@@ -125,20 +126,20 @@ def test_slopes_go_through_the_rounding_and_stop_beyond_the_last_code():
 def test_rows_that_judge_are_never_trained_on(tmp_path):
     checkpoint, _, stored = made(tmp_path, "gptq:w3g32")
     teacher = teach(checkpoint, ROWS.ids, tmp_path, 64)
-    task = QatTask(Student(checkpoint, stored, codes=torch.float32), ROWS.ids, teacher, [7, 63], FAST)
+    task = ArtifactTask(Student(checkpoint, stored, codes=True), ROWS.ids, teacher, FAST)
     assert task.rows == 56 and not {row % 8 for row in task._trained} & {7}
     assert held_rows(64, 3) == [7, 39, 63]
 
 
 def killed_at(call: int, monkeypatch) -> None:
     """The process ends, as by kill -9, when the loss is asked for so many times."""
-    calls, loss = [], QatTask.loss
+    calls, loss = [], ArtifactTask.loss
 
     def dies(self, rows):
         calls.append(rows)
         return os._exit(9) if len(calls) == call else loss(self, rows)
 
-    monkeypatch.setattr(QatTask, "loss", dies)
+    monkeypatch.setattr(ArtifactTask, "loss", dies)
 
 
 def test_a_killed_training_goes_on_to_the_same_artifact(tmp_path, monkeypatch):
@@ -183,7 +184,6 @@ def test_what_cannot_be_trained_is_refused_in_one_sentence(tmp_path, monkeypatch
             check(target)
     with pytest.raises(InputError, match="has 7 rows"):
         check("gptq:w3g32", 7)
-    memory = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr("llmlite.adapt.qat.psutil.virtual_memory", memory)
+    monkeypatch.setattr("llmlite.adapt.qat.free_memory", lambda _: 1000)
     with pytest.raises(InputError, match="quantize --repair needs far less"):
         check("gptq:w3g32")

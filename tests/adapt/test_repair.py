@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmlite.adapt import repair as room
 from llmlite.adapt import stored as files
 from llmlite.adapt.linears import RoundedLinear
 from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, memory_needed
@@ -29,12 +28,13 @@ from llmlite.plan.target import parse_target
 from llmlite.plan.types import GgufTypes, type_table
 from llmlite.quantize.rtn import round_to_nearest
 from llmlite.quantize.types import Grid, Rounded
+from tests.adapt.test_qat import killed_at
 from tests.gguf_models import save_tiny as save_real
 from tests.tiny import save_tiny
 
 ROWS = Rows(np.random.default_rng(0).integers(0, 320, (64, 32)), ())
 HELD = torch.from_numpy(ROWS.ids[7::8])
-SHORT = RepairSettings(steps=24, batch_rows=4, norm_rate=1e-2, scale_rate=1e-2, top=512, judge_every=6)
+SHORT = RepairSettings(steps=24, batch_rows=4, rate=1e-2, judge_every=6, held_rows=8)
 
 
 def made(base: Path, kind: str, values: str | None = None) -> tuple[Checkpoint, Path]:
@@ -98,7 +98,7 @@ def repaired(tmp_path_factory) -> tuple[Checkpoint, Path, Path, Repaired]:
     checkpoint, file = made(save_tiny(folder / "base"), "q4_0")
     old = folder / "old.gguf"
     old.write_bytes(file.read_bytes())
-    return checkpoint, old, file, repair(checkpoint, file, ROWS, SHORT, folder)
+    return checkpoint, old, file, repair(checkpoint, file, ROWS.ids, SHORT, folder)
 
 
 def test_the_file_comes_nearer_to_its_base_on_rows_that_trained_nothing(repaired, tmp_path):
@@ -172,7 +172,7 @@ def test_changed_values_reach_the_file_in_their_places(tmp_path, family, kinds):
 def test_gradients_are_those_of_the_dense_weight(kind):
     weight, x = torch.randn(8, 256), torch.randn(3, 5, 256, requires_grad=True)
     rounded = round_to_nearest(weight, None, gguf.grid_of(kind))
-    linear = RoundedLinear(rounded)
+    linear = RoundedLinear(rounded, torch.float32)
     pull = torch.randn(3, 5, 8)
     linear(x).backward(pull)
     dense = rounded.dequantize().requires_grad_()
@@ -212,7 +212,7 @@ def test_a_file_that_is_near_already_is_never_worse(tmp_path):
     checkpoint, file = made(save_tiny(tmp_path / "base"), "q8_0")
     before = divergence_of(checkpoint, file, tmp_path / "old")
     was = digest(file)
-    told = repair(checkpoint, file, ROWS, replace(SHORT, steps=6, judge_every=3), tmp_path)
+    told = repair(checkpoint, file, ROWS.ids, replace(SHORT, steps=6, judge_every=3), tmp_path)
     assert told.after <= told.before
     assert (told.note is not None) == (digest(file) == was)
     assert divergence_of(checkpoint, file, tmp_path / "new") <= before * 1.001
@@ -221,7 +221,7 @@ def test_a_file_that_is_near_already_is_never_worse(tmp_path):
 def test_a_file_that_training_harms_stays_and_a_note_says_so(tmp_path):
     checkpoint, file = made(save_tiny(tmp_path / "base"), "q4_0")
     was = digest(file)
-    told = repair(checkpoint, file, ROWS, replace(SHORT, norm_rate=1.0, scale_rate=1.0, judge_every=1), tmp_path)
+    told = repair(checkpoint, file, ROWS.ids, replace(SHORT, rate=1.0, judge_every=1), tmp_path)
     assert digest(file) == was
     assert (told.after, told.best_step, told.steps) == (told.before, 0, SHORT.patience)
     assert "it is as it was" in told.note
@@ -240,6 +240,30 @@ def test_a_run_that_is_killed_while_it_writes_leaves_the_file_whole(tmp_path, mo
     assert digest(file) == was
 
 
+def test_a_repair_that_is_killed_goes_on_to_the_same_file(tmp_path, monkeypatch):
+    settings, files = replace(SHORT, steps=8, judge_every=4, save_every=2), []
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+        checkpoint, file = made(save_tiny(tmp_path / name / "base"), "q4_0")
+        was = digest(file)
+        if name == "cut":
+            child = os.fork()
+            if child == 0:
+                try:
+                    torch.set_num_threads(1)
+                    killed_at(6, monkeypatch)
+                    repair(checkpoint, file, ROWS.ids, settings, file.parent)
+                finally:  # or an error here would go on with the other tests, twice
+                    os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            assert digest(file) == was
+        told = repair(checkpoint, file, ROWS.ids, settings, file.parent)
+        assert told.best_step and told.steps == 8
+        assert os.listdir(file.parent) == [file.name]
+        files.append(digest(file))
+    assert files[0] == files[1]
+
+
 def test_a_failure_before_the_end_leaves_the_file_and_nothing_beside_it(tmp_path, monkeypatch):
     checkpoint, file = made(save_tiny(tmp_path / "base"), "q4_0")
     was, beside = digest(file), sorted(os.listdir(file.parent))
@@ -249,7 +273,7 @@ def test_a_failure_before_the_end_leaves_the_file_and_nothing_beside_it(tmp_path
 
     monkeypatch.setattr(files.os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        repair(checkpoint, file, ROWS, replace(SHORT, steps=6), tmp_path)
+        repair(checkpoint, file, ROWS.ids, replace(SHORT, steps=6), tmp_path)
     assert digest(file) == was
     assert sorted(os.listdir(file.parent)) == beside
 
@@ -271,17 +295,9 @@ def test_what_cannot_be_repaired_is_refused_in_one_sentence(tmp_path, monkeypatc
     other = open_checkpoint(save_tiny(tmp_path / "other", hidden_size=128))
     with pytest.raises(InputError, match="not made from"):
         open_gguf(other, file)
-    monkeypatch.setattr(room.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    monkeypatch.setattr("llmlite.adapt.repair.free_memory", lambda _: 1000)
     with pytest.raises(InputError, match="needs about"):
         check(ROWS.ids, SHORT)
-
-
-def test_rows_that_judge_train_nothing_and_come_from_all_of_the_text():
-    trained, held = room._chosen(800, replace(SHORT, steps=400, held_rows=5))
-    assert held == [7, 207, 399, 599, 799] or (held[0], held[-1], len(held)) == (7, 799, 5)
-    assert len(trained) == 400 * SHORT.batch_rows
-    assert not {row for row in trained if row % 8 == 7}
-    assert len(set(trained)) == 700
 
 
 def test_the_memory_told_grows_with_the_model(tmp_path):

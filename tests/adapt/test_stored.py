@@ -22,7 +22,7 @@ from tests.tiny import save_tiny
 
 ROWS = Rows(np.random.default_rng(0).integers(0, 320, (64, 32)), ())
 HELD = torch.from_numpy(ROWS.ids[7::8])
-SHORT = RepairSettings(steps=24, batch_rows=4, norm_rate=1e-2, scale_rate=1e-2, top=512, judge_every=6)
+SHORT = RepairSettings(steps=24, batch_rows=4, rate=1e-2, judge_every=6, held_rows=8)
 TARGETS = ("gptq:w2g32", "gptq:w3g32", "gptq:w4-asym", "gptq:w8g64", "compressed-tensors:w4a16g32",
            "compressed-tensors:w4a16g32-asym", "compressed-tensors:w8a16", "bnb:nf4")  # fmt: skip
 
@@ -81,7 +81,7 @@ def test_a_student_computes_what_a_reader_of_the_file_multiplies_out(tmp_path, t
 def test_repair_brings_the_artifact_nearer_and_changes_no_code(tmp_path, target):
     checkpoint, out, stored = made(tmp_path, target)
     size, before = (out / "model.safetensors").stat().st_size, bytes_of(out)
-    told = repair(checkpoint, stored, ROWS, SHORT, tmp_path)
+    told = repair(checkpoint, stored, ROWS.ids, SHORT, tmp_path)
     after = bytes_of(out)
     assert told.note is None and told.after < 0.99 * told.before
     assert (out / "model.safetensors").stat().st_size == size

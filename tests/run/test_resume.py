@@ -215,7 +215,7 @@ def test_a_disk_that_is_full_for_the_repair_keeps_the_rounding(tmp_path, monkeyp
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(adapt_repair, "teach", full)
+    monkeypatch.setattr(adapt_repair, "keep_on_disk", full)
     with pytest.raises(OutsideError, match="what is done is kept, and --resume goes on"):
         quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings))
     monkeypatch.undo()
