@@ -3,9 +3,9 @@
 
     python -m benchmarks.adaptation NAME --base BASE --data DATA --work WORK
 
-Run in the repository's root. BASE is a full-precision checkpoint with a chat template; DATA holds wikitext2/, calib/
-and chat/. What is made lies in WORK and is used again; figures go to WORK/NAME.json. Exits with 1 where a bar is
-missed.
+Run in the repository's root. BASE is a full-precision checkpoint with a chat template; DATA holds wikitext2/, calib/,
+chat/ and books_en/. What is made lies in WORK and is used again; figures go to WORK/NAME.json. Exits with 1 where a
+bar is missed.
 """
 
 import argparse

@@ -16,7 +16,7 @@ from llmlite.calibrate.moments import HELD_EVERY, MomentSums
 from llmlite.calibrate.rows import Rows
 from llmlite.calibrate.stages import StagedLayer, stage_inputs
 from llmlite.calibrate.stream import Activations, LayerStream
-from llmlite.checkpoint.artifact import JOURNAL
+from llmlite.checkpoint.artifact import JOURNAL, TRAINING
 from llmlite.checkpoint.checkpoint import Checkpoint
 from llmlite.checkpoint.families import LAYER
 from llmlite.errors import InputError, first_line
@@ -293,7 +293,7 @@ class Job:
     def _forget_activations(self, but: Collection[Path] = ()) -> None:
         """Remove those of the layer that an earlier run was cut off in."""
         for file in self.work.scratch.glob(".*"):
-            if file.name != JOURNAL and file not in but:
+            if file.name != JOURNAL and not file.name.startswith(TRAINING) and file not in but:  # a repair's goes on
                 file.unlink()
 
     def _outputs(self, name: str, layer: StagedLayer, batch: int) -> Activations:

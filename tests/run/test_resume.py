@@ -244,6 +244,7 @@ def test_the_disk_that_repair_needs_is_asked_for_before_anything_is_rounded(tmp_
     free = artifact.SPARE_BYTES + 2 * 2**20  # enough for the tiny model's rounding
     monkeypatch.setattr(artifact.shutil, "disk_usage", lambda _: usage._replace(free=free))
     quantize(tmp_path / "base", tmp_path / "rounded", QuantizeSettings(**{**settings, "repair": False}))
+    monkeypatch.setattr(adapt_repair, "TOP", 4096)  # of the base's predictions more than the tiny one has
     with pytest.raises(InputError, match=r"MiB free and .* MiB are needed"):
         quantize(tmp_path / "base", tmp_path / "out", QuantizeSettings(**settings))
     assert not (tmp_path / ".out.partial").exists()

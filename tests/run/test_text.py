@@ -1,7 +1,10 @@
 import numpy as np
 import pytest
 
+from llmlite.adapt.repair import Repaired
 from llmlite.checkpoint.checkpoint import open_checkpoint
+from llmlite.run import quantize as run_quantize
+from llmlite.run.quantize import QuantizeSettings, quantize
 from llmlite.run.text import calibration_rows, other_rows
 from tests.tiny import save_tiny
 
@@ -33,3 +36,20 @@ def test_where_the_text_has_too_few_others_all_of_it_is_taken_and_that_is_said(c
     alone = other_rows(checkpoint, (str(tmp_path / "ids.npy"),), fitted, 512, 0)
     assert np.array_equal(alone.ids, fitted.ids)
     assert "has 0 rows beside" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_repair_trains_on_rows_that_the_rounding_was_not_fitted_to(checkpoint, tmp_path, monkeypatch):
+    taken = []
+
+    def repair(_checkpoint, _stored, ids, *_):
+        taken.append(ids)
+        return Repaired(1.0, 1.0, 0, 0, 0.0)
+
+    monkeypatch.setattr(run_quantize, "repair", repair)
+    given = {"calibration_tokens": 2048, "row_length": 64, "repair": True, "repair_steps": 8}
+    for solver, seen in (("feedback", 0), ("rtn", 32)):
+        settings = QuantizeSettings(to="gptq:w3g32", solver=solver, **given)
+        quantize(checkpoint.source, tmp_path / solver, settings)
+        rows = {row.tobytes() for row in calibration_rows(checkpoint, (), 2048, 64, 0).ids}
+        assert sum(row.tobytes() in rows for row in taken[-1]) == seen
+        assert len(taken[-1]) >= 8
