@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmlite.adapt import stored as files
+from llmlite.adapt.artifact_task import ArtifactTask
 from llmlite.adapt.linears import RoundedLinear
 from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, memory_needed
 from llmlite.adapt.repair import repair as repair_stored
@@ -241,7 +242,7 @@ def test_a_run_that_is_killed_while_it_writes_leaves_the_file_whole(tmp_path, mo
 
 
 def test_a_repair_that_is_killed_goes_on_to_the_same_file(tmp_path, monkeypatch):
-    settings, files = replace(SHORT, steps=8, judge_every=4, save_every=2), []
+    settings, ends = replace(SHORT, steps=8, judge_every=4, save_every=2), []
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
         checkpoint, file = made(save_tiny(tmp_path / name / "base"), "q4_0")
@@ -257,11 +258,20 @@ def test_a_repair_that_is_killed_goes_on_to_the_same_file(tmp_path, monkeypatch)
                     os._exit(1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
             assert digest(file) == was
+            steps = counted(monkeypatch)
         told = repair(checkpoint, file, ROWS.ids, settings, file.parent)
         assert told.best_step and told.steps == 8
         assert os.listdir(file.parent) == [file.name]
-        files.append(digest(file))
-    assert files[0] == files[1]
+        ends.append(digest(file))
+    assert ends[0] == ends[1]
+    assert len(steps) == 4  # those after the last state that was saved
+
+
+def counted(monkeypatch) -> list:
+    """The losses that are asked for from now on."""
+    calls, loss = [], ArtifactTask.loss
+    monkeypatch.setattr(ArtifactTask, "loss", lambda task, rows: calls.append(rows) or loss(task, rows))
+    return calls
 
 
 def test_a_failure_before_the_end_leaves_the_file_and_nothing_beside_it(tmp_path, monkeypatch):

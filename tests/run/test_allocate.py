@@ -113,7 +113,7 @@ def test_too_small_a_budget_is_refused_before_any_work(checkpoint, monkeypatch):
 
 
 def test_a_model_that_does_not_fit_is_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(room, "_free", lambda device: 1000)
+    monkeypatch.setattr(room, "free_memory", lambda device: 1000)
     with pytest.raises(InputError, match="whole model"):
         allocate(checkpoint, 10**9, offer(checkpoint), IDS, FEW)
 
