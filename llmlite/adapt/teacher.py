@@ -64,11 +64,6 @@ class Teacher:
             found.append(torch.from_numpy(part.reshape(length, width)))
         return found[0].long(), found[1]
 
-    def remove(self) -> None:
-        """Delete what is on disk."""
-        self._ids.unlink(missing_ok=True)
-        self._logs.unlink(missing_ok=True)
-
 
 def disk_needed(rows: int, length: int, top: int, hidden: int) -> int:
     """Bytes that `teach` puts into its folder at most."""
@@ -128,14 +123,6 @@ def output_head(
 def logits_of(hidden: torch.Tensor, head: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
     """Logits [n, vocabulary] of final hidden states [n, hidden] after the last norm."""
     return soft_capped(hidden @ head.T, checkpoint.config)
-
-
-def divergence(logits: torch.Tensor, ids: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
-    """KL(base || student) in nats of each position, float32 [n], over the base's likeliest tokens and the rest.
-
-    ``logits`` [n, vocabulary] are the student's, ``ids`` [n, top] and ``logs`` [n, top + 1] what `Teacher.read` gives.
-    """
-    return (logs.exp() * (logs - with_rest(torch.log_softmax(logits, -1), ids))).sum(-1)
 
 
 def with_rest(logs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -131,8 +131,20 @@ def test_rows_that_judge_are_never_trained_on(tmp_path):
     assert held_rows(64, 3) == [7, 39, 63]
 
 
-def killed_at(call: int, monkeypatch) -> None:
-    """The process ends, as by kill -9, when the loss is asked for so many times."""
+def killed_at(call: int, monkeypatch, run, *given) -> None:
+    """Run it in a process that ends, as by kill -9, when the loss is asked for so many times."""
+    child = os.fork()
+    if child == 0:
+        try:
+            torch.set_num_threads(1)
+            dies_at(call, monkeypatch)
+            run(*given)
+        finally:  # or an error here would go on with the other tests, twice
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def dies_at(call: int, monkeypatch) -> None:
     calls, loss = [], ArtifactTask.loss
 
     def dies(self, rows):
@@ -150,15 +162,7 @@ def test_a_killed_training_goes_on_to_the_same_artifact(tmp_path, monkeypatch):
         folder.mkdir()
         checkpoint, out, stored = made(folder, "gptq:w3g32")
         if name == "cut":
-            child = os.fork()
-            if child == 0:
-                try:
-                    torch.set_num_threads(1)
-                    killed_at(6, monkeypatch)
-                    qat(checkpoint, stored, ROWS.ids, settings, folder)
-                finally:  # or an error here would go on with the other tests, twice
-                    os._exit(1)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            killed_at(6, monkeypatch, qat, checkpoint, stored, ROWS.ids, settings, folder)
         told = qat(checkpoint, stored, ROWS.ids, settings, folder)
         assert told.best_step
         put_in_place(stored)

@@ -8,14 +8,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmlite.adapt import repair as room
 from llmlite.adapt import stored as files
 from llmlite.adapt.artifact_task import ArtifactTask
 from llmlite.adapt.linears import RoundedLinear
+from llmlite.adapt.losses import divergence
 from llmlite.adapt.repair import Repaired, RepairSettings, check_repair, memory_needed
 from llmlite.adapt.repair import repair as repair_stored
 from llmlite.adapt.stored import open_gguf, raw_bytes
 from llmlite.adapt.student import Student
-from llmlite.adapt.teacher import divergence, teach
+from llmlite.adapt.targets import Kept
+from llmlite.adapt.teacher import held_rows, teach, trained_rows
+from llmlite.adapt.training import row_at
 from llmlite.calibrate.rows import Rows
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.families import EMBEDDING, HEAD
@@ -202,8 +206,8 @@ def test_the_kept_predictions_give_the_divergence_of_the_whole_vocabulary_or_les
     found = {}
     for top in (128, 1024):
         teacher = teach(checkpoint, HELD.numpy(), tmp_path, top)
-        found[top] = torch.stack([divergence(q[row], *teacher.read(row)) for row in range(len(HELD))])
-        teacher.remove()
+        pairs = [Kept(*teacher.read(row)).compare(q[row], slice(None)) for row in range(len(HELD))]
+        found[top] = torch.stack([divergence(known, seen, "kl") for known, seen in pairs])
     torch.testing.assert_close(found[1024], whole, rtol=1e-3, atol=1e-5)
     assert (found[128] < whole + 1e-5).all()
     assert found[128].mean() > 0.5 * whole.mean()
@@ -248,15 +252,7 @@ def test_a_repair_that_is_killed_goes_on_to_the_same_file(tmp_path, monkeypatch)
         checkpoint, file = made(save_tiny(tmp_path / name / "base"), "q4_0")
         was = digest(file)
         if name == "cut":
-            child = os.fork()
-            if child == 0:
-                try:
-                    torch.set_num_threads(1)
-                    killed_at(6, monkeypatch)
-                    repair(checkpoint, file, ROWS.ids, settings, file.parent)
-                finally:  # or an error here would go on with the other tests, twice
-                    os._exit(1)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            killed_at(6, monkeypatch, repair, checkpoint, file, ROWS.ids, settings, file.parent)
             assert digest(file) == was
             steps = counted(monkeypatch)
         told = repair(checkpoint, file, ROWS.ids, settings, file.parent)
@@ -308,6 +304,20 @@ def test_what_cannot_be_repaired_is_refused_in_one_sentence(tmp_path, monkeypatc
     monkeypatch.setattr("llmlite.adapt.repair.free_memory", lambda _: 1000)
     with pytest.raises(InputError, match="needs about"):
         check(ROWS.ids, SHORT)
+
+
+def test_rows_that_judge_train_nothing_and_come_from_all_of_the_text():
+    ids = np.arange(800)[:, None]
+    wanted = room._enough(ids, replace(SHORT, steps=400))
+    assert np.array_equal(wanted, ids)
+    held, others = held_rows(800, 5), trained_rows(800)
+    trained = [others[row_at(place, len(others), 0)] for place in range(400 * SHORT.batch_rows)]
+    assert (held[0], held[-1], len(held)) == (7, 799, 5)
+    assert not {row for row in trained if row % 8 == 7}
+    assert len(set(trained)) == 700
+    few = room._enough(ids, replace(SHORT, steps=20))[:, 0]
+    assert (few[0], few[-1], len(few), len(set(few))) == (0, 799, 92, 92)
+    assert np.diff(few).max() <= 10
 
 
 def test_the_memory_told_grows_with_the_model(tmp_path):
