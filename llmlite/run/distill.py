@@ -82,7 +82,7 @@ class DistillSettings(TrainSettings):
     resume: bool = field(default=False, metadata={"help": "go on with the unfinished run that has the same -o"})
     steps: int = field(default=100, metadata={"help": "steps of the optimizer; 0: the student as it is made"})
     batch_rows: int = field(default=2, metadata={"help": "rows of the data in one forward pass"})
-    rate: float = field(default=5e-4, metadata={"help": "learning rate at its highest"})
+    rate: float = field(default=1e-4, metadata={"help": "learning rate at its highest"})
     judge_every: int = field(default=20, metadata={"help": "steps between two looks at the held-out rows"})
     save_every: int = field(default=50, metadata={"help": "steps after which the state for --resume is written"})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 
 from llmlite.adapt.influence import measure_layers
 from llmlite.adapt.losses import positions_held
+from llmlite.adapt.reconstruct import reconstruct
 from llmlite.adapt.shape import parameters, shape_of, student_config
 from llmlite.adapt.shrink import Text, copy_side_files, write_student
 from llmlite.adapt.targets import TOP
@@ -51,7 +53,10 @@ def made_student(job: Job, work: Path) -> tuple[Checkpoint, dict[str, Any]]:
             }
         text = Text(ids[:: max(ids.size // CHOICE_TOKENS, 1)], job.device, job.dtype)
         cut = write_student(teacher, folder, layers, job.shape, text)
-        write_json(note, {**scores, **cut.to_json()})
+        begun = time.monotonic()
+        left = {str(layer): round(share, 4) for layer, share in reconstruct(teacher, folder, layers, text).items()}
+        taken = {"distance_left": left, "seconds": round(time.monotonic() - begun, 1)}
+        write_json(note, {**scores, **cut.to_json(), "reconstructed": taken})
     return open_checkpoint(folder), json.loads(note.read_text())
 
 
