@@ -126,13 +126,15 @@ class Distilled:
 class Job:
     """What is settled before work starts. ``student``: one that the user has, else ``shape`` of one to be made.
 
-    ``vocabulary``: the teacher's ids of the student's tokens; ``live``: the teacher itself judges each step.
+    ``own_text``: the rows are of text that the user gave; ``vocabulary``: the teacher's ids of the student's tokens;
+    ``live``: the teacher itself judges each step.
     """
 
     teacher: Checkpoint
     student: Checkpoint | None
     shape: Shape
     rows: Rows
+    own_text: bool
     vocabulary: torch.Tensor | None
     live: bool
     device: str
@@ -231,7 +233,8 @@ def _job(teacher: Checkpoint, settings: DistillSettings, device: str) -> Job:
     live = settings.teacher_logits == "live" or _weights(settings).live
     live = live or (settings.teacher_logits == "auto" and not again)
     live = _weights(settings).live or (live and settings.data_share < 1)  # the text alone needs no teacher
-    return Job(teacher, student, shape, rows, vocabulary, live, device, dtype)
+    own_text = bool(settings.data) and not settings.data[0].endswith(".npy")
+    return Job(teacher, student, shape, rows, own_text, vocabulary, live, device, dtype)
 
 
 def _vocabulary(teacher: Checkpoint, student: Checkpoint | None) -> torch.Tensor | None:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import torch
 
@@ -24,6 +25,7 @@ from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.families import EMBEDDING, HEAD
 from llmlite.checkpoint.safetensors_writer import SafetensorsWriter, TensorSpec
 from llmlite.errors import InputError
+from llmlite.run.text import calibration_rows
 
 if TYPE_CHECKING:
     from llmlite.run.distill import DistillSettings, Job
@@ -37,12 +39,12 @@ def made_student(job: Job, work: Path) -> tuple[Checkpoint, dict[str, Any]]:
     folder, note = work / "student", work / "made.json"
     if not note.is_file():
         folder.mkdir(exist_ok=True)
-        teacher, ids = job.teacher, job.taught
+        teacher, ids = job.teacher, _varied(job)
         scores: dict[str, Any] = {}
         layers = tuple(range(teacher.num_layers))
         if job.shape.layers < teacher.num_layers:
             length = ids.shape[1]
-            some = ids[:: max(len(ids) * length // INFLUENCE_TOKENS, 1)]
+            some = _spread(ids, INFLUENCE_TOKENS)
             found = measure_layers(teacher, some, max(CHECKED_TOKENS // length, 1), work, job.device, job.dtype)
             gone = found.drop(teacher.num_layers - job.shape.layers)
             layers = tuple(layer for layer in layers if layer not in gone)
@@ -51,13 +53,30 @@ def made_student(job: Job, work: Path) -> tuple[Checkpoint, dict[str, Any]]:
                 "influence": [round(value, 4) for value in found.influence],
                 "divergence_without": {str(layer): round(value, 4) for layer, value in found.divergence.items()},
             }
-        text = Text(ids[:: max(ids.size // CHOICE_TOKENS, 1)], job.device, job.dtype)
+        text = Text(ids, job.device, job.dtype)
         cut = write_student(teacher, folder, layers, job.shape, text)
         begun = time.monotonic()
         left = {str(layer): round(share, 4) for layer, share in reconstruct(teacher, folder, layers, text).items()}
         taken = {"distance_left": left, "seconds": round(time.monotonic() - begun, 1)}
         write_json(note, {**scores, **cut.to_json(), "reconstructed": taken})
     return open_checkpoint(folder), json.loads(note.read_text())
+
+
+def _varied(job: Job) -> np.ndarray:
+    """Rows of the training's text and, where that is the user's own, as many of the packaged mix: int64 [rows, length].
+
+    What a layer does for one kind of text says little about the others.
+    """
+    if not job.own_text:
+        return _spread(job.taught, CHOICE_TOKENS)
+    own = _spread(job.taught, CHOICE_TOKENS // 2)
+    mix = calibration_rows(job.teacher, (), own.size, own.shape[1], 0).ids
+    return np.random.default_rng(0).permutation(np.concatenate([own, mix]))
+
+
+def _spread(ids: np.ndarray, tokens: int) -> np.ndarray:
+    """At least so many tokens where there are as many, less than twice, from all over the text."""
+    return ids[:: max(ids.size // tokens, 1)]
 
 
 def write_trained(student: Checkpoint, weights: dict[str, torch.nn.Parameter], folder: Path) -> None:

@@ -71,7 +71,9 @@ def test_what_is_said_to_be_left_is_left_on_rows_that_fitted_nothing(ffn: int, t
     theirs, before = (states(path, held) for path in (tmp_path / "base", folder))
     left = reconstruct(teacher, folder, layers, Text(IDS))
     after = states(folder, held)
-    assert list(left) == [1, 3] and left[1] < 0.98  # the layers before and behind what is gone, by the teacher's numbers
+    assert (
+        list(left) == [1, 3] and left[1] < 0.98
+    )  # the layers before and behind what is gone, by the teacher's numbers
     assert left[1] == pytest.approx(distance(theirs[3], after[2]) / distance(theirs[3], before[2]), rel=1e-3)
     assert distance(theirs[4], after[3]) < distance(theirs[4], before[3])
 

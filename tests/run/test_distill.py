@@ -3,8 +3,10 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +18,7 @@ from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.cli import main
 from llmlite.errors import InputError, OutsideError
 from llmlite.run.distill import DistillSettings, _job, distill
+from llmlite.run.students import _varied
 from llmlite.run.training import describe_model, training_directory
 from tests.tiny import save_tiny, tiny_tokenizer
 
@@ -60,6 +63,16 @@ def test_a_student_comes_nearer_and_is_a_checkpoint_like_any_other(base, text, t
         models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32) for p in (base, tmp_path / "out")]
         p, q = (torch.log_softmax(model(torch.from_numpy(job.rows.ids[job.held])).logits, -1) for model in models)
     assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(done.after.kl, rel=0.05)
+
+
+def test_a_student_is_made_by_other_text_too(base, text, tmp_path):
+    ids = tmp_path / "ids.npy"
+    numpy.save(ids, numpy.random.default_rng(0).integers(0, 320, (32, 24)))
+    for data, own in (((str(text),), 0.5), ((), 1.0), ((str(ids),), 1.0)):
+        job = _job(open_checkpoint(base), replace(settings(base, text), data=data), "cpu")
+        taught = {row.tobytes() for row in job.taught}
+        rows = [row.tobytes() in taught for row in _varied(job)]
+        assert sum(rows) == own * len(rows) and len(rows) == len(taught) / own  # each row once
 
 
 def test_without_steps_the_student_is_as_it_is_made(base, text, tmp_path):
