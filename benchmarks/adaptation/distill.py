@@ -42,28 +42,31 @@ LOGITS_STEPS, LOGITS_TOKENS = 48, 16384
 
 
 def run(setup: Setup) -> dict[str, Any]:
-    """Divergence of a student as it is cut, as it is made, and after ten minutes in each of three ways.
+    """Divergence of students as they are cut, as they are made, and after ten minutes of training.
 
     The ten minutes hold what the least squares took. A student of WikiText-2 is judged on its test part and on code,
-    another kind; one of the mix, which has both kinds, on the first and on a novel.
+    another kind (though the mix by which every student is made has code); one of the mix on the first and on a novel.
     """
     kept = shape_of(open_checkpoint(setup.base).config).layers - DROPPED
-    ways: dict[str, dict[str, Any]] = {"teacher": {}, "mix": {"data": ()}, "text": {"data_share": 1.0}}
-    plain = _distilled(setup, "made", layers=kept, steps=0, data=())
-    made = json.loads((plain / "llmlite.json").read_text())["made"]
-    _cut(setup, tuple(part["layer"] for part in made["kept"]))
-    minutes = MINUTES - made["reconstructed"]["seconds"] / 60
-    for name, way in ways.items():
-        _distilled(setup, name, student=str(plain), minutes=minutes, patience=0, **way)
+    students = []
+    for name, ways in (("wikitext", {"": {}, "-without-teacher": {"data_share": 1.0}}), ("mix", {"": {"data": ()}})):
+        data = ways[""]
+        made = _distilled(setup, f"{name}-made", layers=kept, steps=0, **data)
+        facts = json.loads((made / "llmlite.json").read_text())["made"]
+        _cut(setup, f"{name}-cut", tuple(part["layer"] for part in facts["kept"]))
+        minutes = MINUTES - facts["reconstructed"]["seconds"] / 60
+        for way, changes in ways.items():
+            _distilled(setup, name + way, student=str(made), minutes=minutes, patience=0, **changes)
+        students += [f"{name}-cut", f"{name}-made", *(name + way for way in ways)]
     rows, found = [], {}
-    for name in ("cut", "made", *ways):
+    for name in students:
         for text in TEXTS:
             found[name, text] = _judged(setup, setup.work / f"distill-{name}", text)
             rows.append({"student": name, "text": text, **found[name, text]})
     held = True
-    for name, other in (("teacher", "code"), ("mix", "book")):
+    for name, other in (("wikitext", "code"), ("mix", "book")):
         for text, share in (("english", SAME_KIND), (other, OTHER_KIND)):
-            start, end = found["cut", text], found[name, text]
+            start, end = found[f"{name}-cut", text], found[name, text]
             held &= end["mean_kl"] <= share * start["mean_kl"]
             held &= end["same_top"] >= start["same_top"] + AGREEMENT
     bar = (
@@ -113,7 +116,7 @@ def shrink(setup: Setup) -> dict[str, Any]:
 def teacher_logits(setup: Setup) -> dict[str, Any]:
     """The same steps with the teacher's logits from disk and with the teacher itself."""
     kept = shape_of(open_checkpoint(setup.base).config).layers - DROPPED
-    plain = _distilled(setup, "made", layers=kept, steps=0, data=())
+    plain = _distilled(setup, "wikitext-made", layers=kept, steps=0)
     rows: list[dict[str, Any]] = []
     for kind in ("live", "disk"):
         begun = time.monotonic()
@@ -153,9 +156,9 @@ def _distilled(setup: Setup, name: str, **changes: Any) -> Path:
     return out
 
 
-def _cut(setup: Setup, layers: tuple[int, ...]) -> None:
+def _cut(setup: Setup, name: str, layers: tuple[int, ...]) -> None:
     """These layers as the teacher has them, in the work folder."""
-    out = setup.work / "distill-cut"
+    out = setup.work / f"distill-{name}"
     if not (out / "config.json").is_file():
         out.mkdir(exist_ok=True)
         teacher = open_checkpoint(setup.base)
