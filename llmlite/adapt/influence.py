@@ -86,8 +86,7 @@ def measure_layers(
                 influence.append(_influence(stream, number, module, hidden, batch))
                 for other, states in without.items():
                     if other != number:
-                        for start in range(0, checked, batch):
-                            states.write(start, stream.forward(number, module, states.read(start, batch)))
+                        stream.advance(number, module, states, batch)
             give_freed_memory_back()
         return LayerScores(tuple(influence), _divergences(checkpoint, hidden, without, device))
     finally:

@@ -19,8 +19,8 @@ import torch
 from llmlite.adapt.shape import shape_of
 from llmlite.adapt.shrink import Text
 from llmlite.adapt.teacher import BATCH_TOKENS
-from llmlite.adapt.widths import DOWN
-from llmlite.calibrate.moments import HELD_EVERY, MomentSums
+from llmlite.adapt.widths import DOWN, least_squares
+from llmlite.calibrate.moments import HELD_EVERY, MomentSums, held_out
 from llmlite.calibrate.stream import Activations, LayerStream
 from llmlite.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llmlite.checkpoint.families import LAYER
@@ -94,9 +94,9 @@ class _Pair:
     def begin(self, place: int) -> None:
         """Run both up to the student's layer at ``place``, before which nothing was left out."""
         for number in range(place):
-            self._run(self.streams[0], number, self.theirs)
+            self._advance(self.streams[0], number, self.theirs)
             if not self.alike:
-                self._run(self.streams[1], number, self.mine)
+                self._advance(self.streams[1], number, self.mine)
         for start in self._starts() if self.alike else ():
             self.mine.write(start, self.theirs.read(start, self.batch))
 
@@ -104,7 +104,7 @@ class _Pair:
         """Run the student's layer, and the teacher's up to where the student's next layer has its place."""
         behind = self.layers[place + 1] if place + 1 < len(self.layers) else self.layers[place] + 1
         for number in range(self.layers[place], behind):
-            self._run(self.streams[0], number, self.theirs)
+            self._advance(self.streams[0], number, self.theirs)
         stream = self.streams[1]
         found = None
         with stream.layer(place) as module:
@@ -112,7 +112,7 @@ class _Pair:
                 found = self._fitted(place, module)
                 if found is not None:
                     _down(module).weight.data = found.weight.to(stream.dtype)
-            self._forward(stream, place, module, self.mine)
+            stream.advance(place, module, self.mine, self.batch)
         return found
 
     def remove(self) -> None:
@@ -123,13 +123,9 @@ class _Pair:
     def _starts(self) -> range:
         return range(0, self.theirs.shape[0], self.batch)
 
-    def _run(self, stream: LayerStream, number: int, states: Activations) -> None:
+    def _advance(self, stream: LayerStream, number: int, states: Activations) -> None:
         with stream.layer(number) as module:
-            self._forward(stream, number, module, states)
-
-    def _forward(self, stream: LayerStream, number: int, module: torch.nn.Module, states: Activations) -> None:
-        for start in self._starts():
-            states.write(start, stream.forward(number, module, states.read(start, self.batch)))
+            stream.advance(number, module, states, self.batch)
 
     def _fitted(self, place: int, module: torch.nn.Module) -> _Found | None:
         """The layer's down projection fitted to the teacher's states; None where held-out rows gain nothing."""
@@ -143,8 +139,7 @@ class _Pair:
             length = theirs.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
             missing /= length
             sums.add(start, taken.pop().float() / length, r=missing)
-            held = torch.arange(start, start + len(missing), device=device) % HELD_EVERY == HELD_EVERY - 1
-            apart += float(missing[held].square().sum())
+            apart += float(missing[held_out(start, len(missing))].square().sum())
         handle.remove()
         best = min(_changes(sums.moments()), key=lambda change: change[1], default=None)
         if best is None or not best[1] < 0 or not apart > 0:
@@ -163,9 +158,7 @@ def _changes(moments: Moments) -> Iterator[tuple[torch.Tensor, float]]:
     held = moments.held
     assert held is not None and moments.residual is not None and held.residual is not None
     for ridge in RIDGES:
-        inner = moments.xxt.clone()
-        inner.diagonal().add_(ridge * inner.diagonal().mean())
-        factor, failed = torch.linalg.cholesky_ex(inner)
-        if not failed:
-            change = torch.cholesky_solve(moments.residual.T, factor).T
+        found = least_squares(moments.xxt, moments.residual.T, ridge)
+        if found is not None:
+            change = found.T
             yield change, float(((change @ held.xxt) * change).sum() - 2 * (change * held.residual).sum())

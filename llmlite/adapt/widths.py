@@ -72,6 +72,17 @@ def channels_of(heads: torch.Tensor, width: int) -> torch.Tensor:
     return (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
 
 
+def least_squares(xxt: torch.Tensor, xyt: torch.Tensor, ridge: float) -> torch.Tensor | None:
+    """W [in, out] for which x W comes nearest to y, from sums of x xT [in, in] and x yT [in, out]; None without one.
+
+    ``ridge``: what is added to the diagonal, as a share of its mean.
+    """
+    damped = xxt.clone()
+    damped.diagonal().add_(ridge * damped.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if failed else torch.cholesky_solve(xyt, factor)
+
+
 def made_good(part: Part, kept: torch.Tensor) -> tuple[torch.Tensor, float] | None:
     """The weight [out, in] whose columns ``kept`` stand in for the others, and its error's share; None where the text
     is too short or no output channel gains on held-out tokens.
@@ -81,12 +92,10 @@ def made_good(part: Part, kept: torch.Tensor) -> tuple[torch.Tensor, float] | No
         return None
     gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     gone[kept] = False
-    inner = moments.xxt[kept][:, kept]
-    inner.diagonal().add_(RIDGE * inner.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(inner)
-    if failed:
+    found = least_squares(moments.xxt[kept][:, kept], moments.xxt[kept][:, gone] @ weight[:, gone].T, RIDGE)
+    if found is None:
         return None
-    stand_in = torch.cholesky_solve(moments.xxt[kept][:, gone] @ weight[:, gone].T, factor).T
+    stand_in = found.T
     plain, repaired = torch.zeros_like(weight), torch.zeros_like(weight)
     plain[:, gone] = repaired[:, gone] = -weight[:, gone]
     repaired[:, kept] = stand_in

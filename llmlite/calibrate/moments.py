@@ -10,6 +10,11 @@ TILE = 512  # channels to a side; of a symmetric product only the tiles on and b
 HELD_EVERY = 8  # every eighth row of the calibration text is kept from the solvers
 
 
+def held_out(start: int, count: int) -> torch.Tensor:
+    """Which of ``count`` rows of a corpus from ``start`` judge: bool [count]."""
+    return torch.arange(start, start + count) % HELD_EVERY == HELD_EVERY - 1
+
+
 class MomentSums:
     """Sums x xT, and y xT and r xT where they are given, over the rows of a corpus.
 
@@ -26,7 +31,7 @@ class MomentSums:
         if self._held is None:
             self._sum.add(x, y, r)
             return
-        held = torch.arange(start, start + len(x)) % HELD_EVERY == HELD_EVERY - 1
+        held = held_out(start, len(x))
         for rows, total in ((held, self._held), (~held, self._sum)):
             if rows.all():
                 total.add(x, y, r)

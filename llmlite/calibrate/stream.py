@@ -150,14 +150,18 @@ class LayerStream:
         out = module(hidden, **self._for_batch(number, len(hidden)))
         return out[0] if isinstance(out, tuple) else out
 
+    def advance(self, number: int, module: torch.nn.Module, hidden: Activations, batch: int) -> None:
+        """The outputs of layer ``number`` take the place of its inputs in ``hidden``, ``batch`` rows at a time."""
+        for start in range(0, hidden.shape[0], batch):
+            hidden.write(start, self.forward(number, module, hidden.read(start, batch)))
+
     @torch.no_grad()
     def through(self, ids: np.ndarray, file: Path, batch: int, what: str) -> Activations:
         """What the last layer gives for token rows [rows, length], the weights as they are; ``what`` is shown."""
         hidden = self.embed(ids, file, batch)
         for number in track(range(len(self._layers)), what):
             with self.layer(number) as module:
-                for start in range(0, len(ids), batch):
-                    hidden.write(start, self.forward(number, module, hidden.read(start, batch)))
+                self.advance(number, module, hidden, batch)
             give_freed_memory_back()
         return hidden
 
