@@ -48,18 +48,16 @@ def run(setup: Setup) -> dict[str, Any]:
     another kind (though the mix by which every student is made has code); one of the mix on the first and on a novel.
     """
     kept = shape_of(open_checkpoint(setup.base).config).layers - DROPPED
-    students = []
-    for name, ways in (("wikitext", {"": {}, "-without-teacher": {"data_share": 1.0}}), ("mix", {"": {"data": ()}})):
-        data = ways[""]
+    for name, data in (("wikitext", {}), ("mix", {"data": ()})):
         made = _distilled(setup, f"{name}-made", layers=kept, steps=0, **data)
         facts = json.loads((made / "llmlite.json").read_text())["made"]
         _cut(setup, f"{name}-cut", tuple(part["layer"] for part in facts["kept"]))
         minutes = MINUTES - facts["reconstructed"]["seconds"] / 60
-        for way, changes in ways.items():
-            _distilled(setup, name + way, student=str(made), minutes=minutes, patience=0, **changes)
-        students += [f"{name}-cut", f"{name}-made", *(name + way for way in ways)]
+        _distilled(setup, name, student=str(made), minutes=minutes, patience=0, **data)
+        if name == "wikitext":
+            _distilled(setup, "text", student=str(made), minutes=minutes, patience=0, data_share=1.0)
     rows, found = [], {}
-    for name in students:
+    for name in ("wikitext-cut", "wikitext-made", "wikitext", "text", "mix-cut", "mix-made", "mix"):
         for text in TEXTS:
             found[name, text] = _judged(setup, setup.work / f"distill-{name}", text)
             rows.append({"student": name, "text": text, **found[name, text]})
