@@ -31,7 +31,7 @@ CONVERSATIONS = [
 PACKED = packed_rows(CONVERSATIONS, 110, True)
 QUANTIZED = ("bnb:nf4", "bnb:int8", "gptq:w4g32", "gptq:w3g64-asym", "compressed-tensors:w4a16g32",
              "compressed-tensors:w4a16g32-asym", "compressed-tensors:w8a8")  # fmt: skip
-NEEDS = {"bnb": "bitsandbytes"}
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 def adapted(model, kind="lora", **changes):
@@ -135,18 +135,19 @@ def dequantized(model):
     return torch.nn.Module.float(model)  # the model's own refuses what was quantized
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("to", QUANTIZED)
-def test_after_an_evaluation_the_gradient_behind_a_quantized_base_is_alive_and_right(quantized, to, dtype):
+def test_after_an_evaluation_the_gradient_behind_a_quantized_base_is_alive_and_right(quantized, to, dtype, device):
     if to.startswith("bnb"):
         pytest.importorskip("bitsandbytes")
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        task = AdapterTask(adapted(load_base(quantized(to), dtype, "cpu").model), PACKED, PACKED)
+    with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        task = AdapterTask(adapted(load_base(quantized(to), dtype, device).model), PACKED, PACKED)
         with torch.no_grad():
             first = task.judge()
         loss = task.loss([0])
     loss.backward()
-    reference = AdapterTask(adapted(dequantized(load_base(quantized(to), torch.float32, "cpu").model)), PACKED, PACKED)
+    reference = AdapterTask(adapted(dequantized(load_base(quantized(to), torch.float32, device).model)), PACKED, PACKED)
     expected = reference.loss([0])
     expected.backward()
     assert first == pytest.approx(expected.item(), rel=0.05)  # int8 rounds its inputs too
