@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from llmlite.checkpoint.artifact import origin_sha256, read_manifest, sha256_of
@@ -20,7 +21,13 @@ def weights_sha256(model: str, revision: str | None = None) -> dict[str, str]:
     """The digest of each of a model's weight files by its name."""
     file = gguf_file(Path(model))
     files = [file] if file else sorted({entry.file for entry in read_index(locate(model, revision)).values()})
-    return {part.name: sha256_of(part) for part in files}
+    return {part.name: _digest(part, part.stat().st_size, part.stat().st_mtime_ns) for part in files}
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, _size: int, _changed: int) -> str:
+    """Read once as long as the file stays as it is: each adapter that a server offers asks for the base's."""
+    return sha256_of(file)
 
 
 def refuse_other_base(

@@ -19,7 +19,7 @@ from llmlite.calibrate.rows import token_rows
 from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.cli import main
 from llmlite.errors import InputError, WriteError
-from llmlite.formats.adapter_base import refuse_other_base
+from llmlite.formats.adapter_base import refuse_other_base, weights_sha256
 from llmlite.formats.dequantized import dequantized_gguf, gguf_file, open_dequantized
 from llmlite.formats.peft import read_adapter
 from llmlite.run.merge import MergeSettings, merge
@@ -211,6 +211,19 @@ def test_a_gguf_file_that_lies_alone_does_not_tell_what_it_is_and_goes_by_the_sh
     edit_config(save_tiny(alone), rope_theta=5e5)  # a config.json beside it tells
     with pytest.raises(InputError, match="was made for the-base"):
         refuse_other_base(adapter, str(alone / "tiny.gguf"))
+
+
+def test_weights_that_change_after_they_were_read_are_noticed(tmp_path):
+    base, adapter = save_tiny(tmp_path / "base"), tmp_path / "adapter"
+    adapter.mkdir()
+    digest = hashlib.sha256((base / "config.json").read_bytes()).hexdigest()
+    told = {"source": "the-base", "config_sha256": digest, "weights_sha256": weights_sha256(str(base))}
+    (adapter / "llmlite.json").write_text(json.dumps({"kind": "adapter", "base": told}))
+    refuse_other_base(adapter, str(base))
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
+    with pytest.raises(InputError, match="has other weights"):
+        refuse_other_base(adapter, str(base))
 
 
 def test_bad_words_and_bad_values_are_refused_in_one_sentence(base, adapter, tmp_path, capsys):
