@@ -23,7 +23,7 @@ format: $(VENV)/ready
 # Some virtual machines announce Intel's AMX and don't let a program use it: what was compiled for it dies there of an
 # illegal instruction. Compilers that don't know the flags don't use AMX.
 AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
-NO_AMX := $(shell echo | $(CC) $(AMX) -x c -fsyntax-only - 2>/dev/null && echo "$(AMX)")
+NO_AMX = $(shell echo | $(CC) $(AMX) -x c -fsyntax-only - 2>/dev/null && echo "$(AMX)")
 
 # llama-cpp-python is built from source; its image tools are not needed and take a third of that time.
 $(VENV)/ready: pyproject.toml constraints.txt
