@@ -20,18 +20,17 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Some virtual machines announce Intel's AMX and don't let a program use it: what was compiled for it dies there of an
-# illegal instruction. Compilers that don't know the flags don't use AMX.
-AMX := -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
-NO_AMX = $(shell echo | $(CC) $(AMX) -x c -fsyntax-only - 2>/dev/null && echo "$(AMX)")
-
-# llama-cpp-python is built from source; its image tools are not needed and take a third of that time.
+# llama-cpp-python is built from source, without its image tools, which take a third of the time. Its wheel has a cache
+# of its own: pip's would hand out one that was built with other flags.
+LLAMA_FLAGS = $(shell $(PYTHON) benchmarks/llama_cpp_tools.py --flags)
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" CFLAGS="$$CFLAGS $(LLAMA_FLAGS)" CXXFLAGS="$$CXXFLAGS $(LLAMA_FLAGS)" \
+		$(BIN)/pip install --quiet -c constraints.txt --no-deps llama-cpp-python \
+		--cache-dir "$${XDG_CACHE_HOME:-$$HOME/.cache}/llmlite/pip"
 	$(BIN)/pip install --quiet -c constraints.txt torch
-	CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" CFLAGS="$$CFLAGS $(NO_AMX)" CXXFLAGS="$$CXXFLAGS $(NO_AMX)" \
-		$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
 clean:

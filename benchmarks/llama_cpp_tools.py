@@ -2,12 +2,14 @@
 """Build llama-perplexity, llama-quantize, llama-imatrix and llama-server from the source of llama-cpp-python.
 
     python benchmarks/llama_cpp_tools.py [--folder build/llama.cpp]
+    python benchmarks/llama_cpp_tools.py --flags    # prints the compiler flags that any build of llama.cpp wants here
 
 Their llama.cpp is then the one that the package llama_cpp computes with. The source comes through pip; cmake, ninja
 and a C++ compiler must be there. What is built already is used again. On 2 cores the build takes about 15 minutes.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +19,9 @@ from pathlib import Path
 VERSION = "0.3.36"  # of llama-cpp-python; keep it equal to the installed one
 TOOLS = ("llama-perplexity", "llama-quantize", "llama-imatrix", "llama-server")
 FOLDER = Path(__file__).resolve().parents[1] / "build" / "llama.cpp"
+# Some virtual machines announce Intel's AMX and don't let a program use it: what was compiled for it dies there of an
+# illegal instruction.
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 OPTIONS = {
     "CMAKE_BUILD_TYPE": "Release",
     "LLAMA_CURL": "OFF",
@@ -40,6 +45,15 @@ def tools(folder: Path = FOLDER) -> Path:
     return programs
 
 
+def compiler_flags() -> str:
+    """What to add to CFLAGS and CXXFLAGS: WITHOUT_AMX, or nothing for a compiler that does not know those flags."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        return ""
+    probe = [compiler, *WITHOUT_AMX.split(), "-x", "c", "-fsyntax-only", os.devnull]
+    return WITHOUT_AMX if subprocess.run(probe, capture_output=True, check=False).returncode == 0 else ""
+
+
 def _source(folder: Path) -> Path:
     """llama.cpp as it stands in the source distribution of llama-cpp-python."""
     unpacked = folder / "source"
@@ -57,11 +71,14 @@ def _source(folder: Path) -> Path:
 
 def _run(command: list[str]) -> None:
     print("$", " ".join(command), file=sys.stderr)
-    if subprocess.run(command, check=False).returncode != 0:
+    flags = {name: f"{os.environ.get(name, '')} {compiler_flags()}" for name in ("CFLAGS", "CXXFLAGS")}
+    if subprocess.run(command, check=False, env={**os.environ, **flags}).returncode != 0:
         raise SystemExit(f"{command[0]} failed")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=FOLDER)
-    print(tools(parser.parse_args().folder))
+    parser.add_argument("--flags", action="store_true", help="print compiler flags and build nothing")
+    settings = parser.parse_args()
+    print(compiler_flags() if settings.flags else tools(settings.folder))
