@@ -16,7 +16,7 @@ from benchmarks.quantization.prepare import Setup
 
 PRESETS = ("q4_0", "iq4_nl", "q5_0", "q4_k_m", "q3_k_m", "q2_k", "iq4_xs", "q5_k_m", "q6_k", "q8_0")
 PURE = ("q4_0", "iq4_nl", "q5_0")
-SIZED = ("q4_0", "q4_k_m", "q2_k")  # whose bytes llmlite is given as --target-size
+SIZED = ("q4_0", "q4_k_m", "q3_k_m", "q2_k")  # whose bytes llmlite is given as --target-size
 REPAIRED = ("q4_0-pure", "iq4_nl-pure", "q3_k_m", "q2_k")  # made once more, with --repair
 
 

@@ -20,6 +20,7 @@ from llmlite.checkpoint.checkpoint import open_checkpoint
 from llmlite.errors import InputError
 from llmlite.run import job, timing
 from llmlite.run.quantize import QuantizeSettings, quantize
+from tests.interruptible import started
 from tests.tiny import FAMILIES, edit_config, save_tiny, tiny_model
 
 SMALL = {"calibration_tokens": 1024, "row_length": 64}
@@ -370,7 +371,7 @@ def test_an_interrupt_cleans_up(tmp_path):
     base = save_tiny(tmp_path / "base", num_hidden_layers=8)
     script = "import sys; from llmlite.cli import main; print('in', flush=True); sys.exit(main(sys.argv[1:]))"
     command = ["quantize", str(base), "--to", "compressed-tensors:w4a16g32", "-o", str(tmp_path / "out")]
-    run = subprocess.Popen([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run = started([sys.executable, "-c", script, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not (tmp_path / ".out.partial").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

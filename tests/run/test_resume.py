@@ -21,6 +21,7 @@ from llmlite.errors import InputError, OutsideError
 from llmlite.run import quantize as run_quantize
 from llmlite.run import sinks
 from llmlite.run.quantize import QuantizeSettings, quantize
+from tests.interruptible import started
 from tests.tiny import save_tiny
 
 TARGETS = [
@@ -195,7 +196,7 @@ def test_an_interrupt_keeps_what_can_be_gone_on_with_and_says_so(tmp_path):
     script = "import sys; from llmlite.cli import main; sys.exit(main(sys.argv[1:]))"
     given = ["quantize", str(tmp_path / "base"), "--to", "gguf:q4_0", "-o", str(tmp_path / "out"), "--threads", "1"]
     command = [sys.executable, "-c", script, *given]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (tmp_path / ".out.partial" / JOURNAL).exists() and time.monotonic() < deadline:
         time.sleep(0.02)

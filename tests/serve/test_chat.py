@@ -5,7 +5,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from llmlite.serve.chat.terminal import printable
 from llmlite.serve.engines import Opened
 from llmlite.serve.keys import Keyring, StoredKey
 from llmlite.serve.limits import Limits
+from tests.interruptible import started
 from tests.serve.conftest import running
 from tests.serve.scripted_engine import ScriptedEngine
 
@@ -141,9 +141,7 @@ def test_at_a_terminal_ctrl_c_stops_the_reply_and_not_the_chat(server, tmp_path)
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
     words = [sys.executable, "-m", "llmlite.cli", "chat", server.url]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it is ignored, children ignore it, too
-    process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True)
-    signal.signal(signal.SIGINT, before)
+    process = started(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True, close_fds=True)
     os.close(slave)
     seen = ""
 
