@@ -60,13 +60,14 @@ LLMLITE = tuple(
 
 
 def pairs() -> Iterator[tuple[Artifact, Artifact]]:
-    """Each artifact of llmlite with what it is held against: a peer's, or, told a size, its own of the preset."""
+    """Each artifact of llmlite with what it is held against: a peer's, and, told a size, its own of the preset too."""
     ours = {artifact.target: artifact for artifact in LLMLITE}
     for peer in PEERS:
         yield ours[peer.target], peer
-        repaired = ours.get(f"repair:{peer.type}")
-        if repaired is not None:
-            yield repaired, peer
+        for way in ("repair", "size"):
+            other = ours.get(f"{way}:{peer.type}")
+            if other is not None:
+                yield other, peer
     for preset in SIZED:
         yield ours[f"size:{preset}"], ours[f"gguf:{preset}"]
 
