@@ -145,9 +145,11 @@ def picture(results: dict, path: Path) -> None:
                 continue
             style = {"marker": "os^vD"[number % 5], "color": f"C{number}", "label": tool}
             axes.scatter([x for x, _, _ in points], [y for _, y, _ in points], **style)
-            at = {"textcoords": "offset points", "xytext": (5, 4 if tool == "llmlite" else -9)}
+            above = 4 if tool == "llmlite" else -9
             for x, y, kind in points:
-                axes.annotate(kind, (x, y), fontsize=7, color=f"C{number}", **at)
+                side, at = ("right", -5) if kind.startswith("size-") else ("left", 5)
+                where = {"textcoords": "offset points", "xytext": (at, above), "ha": side}
+                axes.annotate(kind, (x, y), fontsize=7, color=f"C{number}", **where)
         axes.set_yscale("log")
         axes.margins(0.15)
         axes.set_title(text)
