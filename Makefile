@@ -22,11 +22,11 @@ format: $(VENV)/ready
 
 # llama-cpp-python is built from source, without its image tools, which take a third of the time. Its wheel has a cache
 # of its own: pip's would hand out one that was built with other flags.
-LLAMA_FLAGS = $(shell $(PYTHON) benchmarks/llama_cpp_tools.py --flags)
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" CFLAGS="$$CFLAGS $(LLAMA_FLAGS)" CXXFLAGS="$$CXXFLAGS $(LLAMA_FLAGS)" \
+	flags="$$($(PYTHON) benchmarks/llama_cpp_tools.py --flags)" && \
+		CMAKE_ARGS="$${CMAKE_ARGS:--DLLAVA_BUILD=OFF}" CFLAGS="$$CFLAGS $$flags" CXXFLAGS="$$CXXFLAGS $$flags" \
 		$(BIN)/pip install --quiet -c constraints.txt --no-deps llama-cpp-python \
 		--cache-dir "$${XDG_CACHE_HOME:-$$HOME/.cache}/llmlite/pip"
 	$(BIN)/pip install --quiet -c constraints.txt torch

@@ -40,6 +40,8 @@ def tools(folder: Path = FOLDER) -> Path:
             raise SystemExit(f"{program} is needed to build llama.cpp's tools, and is not installed")
     source = _source(folder)
     options = [f"-D{name}={value}" for name, value in OPTIONS.items()]
+    flags = compiler_flags()
+    options += [f"-DCMAKE_{kind}_FLAGS={os.environ.get(f'{kind}FLAGS', '')} {flags}" for kind in ("C", "CXX")]
     _run(["cmake", "-G", "Ninja", "-S", str(source), "-B", str(folder), *options])
     _run(["cmake", "--build", str(folder), "--target", *TOOLS])
     return programs
@@ -71,8 +73,7 @@ def _source(folder: Path) -> Path:
 
 def _run(command: list[str]) -> None:
     print("$", " ".join(command), file=sys.stderr)
-    flags = {name: f"{os.environ.get(name, '')} {compiler_flags()}" for name in ("CFLAGS", "CXXFLAGS")}
-    if subprocess.run(command, check=False, env={**os.environ, **flags}).returncode != 0:
+    if subprocess.run(command, check=False).returncode != 0:
         raise SystemExit(f"{command[0]} failed")
 
 
